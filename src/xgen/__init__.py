@@ -1,0 +1,1 @@
+"""XGen trains, tunes, tests and serves long-context language models in stages."""

@@ -1,0 +1,49 @@
+"""Errors a user can act on: each names the value it got and the remedy.
+
+The command line prints them as one message without a traceback and leaves with `exit_code`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class XgenError(Exception):
+    """Base of every error that is the caller's to mend; reaches the terminal as one message."""
+
+    exit_code = 2
+
+
+class RecipeError(XgenError):
+    """A recipe that cannot be run: unknown key, impossible value, contradiction."""
+
+
+class DataError(XgenError):
+    """A corpus, token store or tokenizer that cannot be read or does not fit the recipe."""
+
+
+class CheckpointError(XgenError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+class NonFiniteError(XgenError):
+    """The loss or a gradient was not finite; the weights before the step are kept."""
+
+    exit_code = 3
+
+
+class StoppedBySignal(XgenError):
+    """SIGTERM or SIGINT: the run was saved and can be resumed. 75 is EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
+
+
+class StorageError(XgenError):
+    """A file could not be written, for want of space or permission; what was there before is whole."""
+
+    exit_code = 4
+
+    @classmethod
+    def writing(cls, path: Path, cause: OSError) -> StorageError:
+        """The error for `cause` met while writing `path`."""
+        return cls(f"cannot write {path}: {cause.strerror or cause}; free some space or choose another folder")

@@ -1,0 +1,171 @@
+"""What a run is: the typed recipe.
+
+A `Recipe` is complete: whatever a recipe file leaves out has been derived or defaulted before it
+is built (`xgen.recipe.load`), so that no other room ever asks whether a value is set.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from xgen.recipe.units import parse_length, parse_tokens
+
+Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=0)]
+"""A count of tokens; text takes decimal units: "800B" is 800 000 000 000."""
+
+Length = Annotated[int, BeforeValidator(parse_length), Field(gt=0)]
+"""A length or a batch in tokens; text takes binary units: "2K" is 2048, "4M" is 4 194 304."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RopeScaling(Section):
+    """Stretch of the rotary frequencies, for a model used beyond the length it was trained on."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: PositiveFloat = 1.0
+    original_length: Length = 8192
+
+
+class Model(Section):
+    """The decoder's shape."""
+
+    layers: PositiveInt
+    hidden_size: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_size: PositiveInt
+    mlp_size: PositiveInt
+    vocab_size: PositiveInt
+    circuits: Literal["sequential", "parallel"] = "sequential"
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    tied_embeddings: bool = False
+    initialisation: Literal["fan_in", "normal"] = "normal"
+
+
+class TokenizerChoice(Section):
+    """Which tokenizer: "xgen", "bpe:N" to train one of N ids, a tokenizer.json, or "store" to take the stores'."""
+
+    name: str = "store"
+    end_of_text: str = "<|endoftext|>"
+
+
+class Data(Section):
+    """Where documents come from. A source is a token store, a folder or file of text, or "embedded:NAME"."""
+
+    seed: int = 1
+    document_mask: bool = True
+    sources: dict[str, str]
+    held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: PositiveFloat
+    final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    warmup: Tokens
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    clip: PositiveFloat = 1.0
+    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class Mesh(Section):
+    """Device counts along each axis; "rest" takes what the other axes leave."""
+
+    replica: PositiveInt | Literal["rest"] = 1
+    fsdp: PositiveInt | Literal["rest"] = "rest"
+    context: PositiveInt = 1
+    tensor: PositiveInt = 1
+
+
+class Stage(Section):
+    name: str
+    length: Length
+    tokens: Tokens
+    batch_tokens: Length
+    microbatch_tokens: Length
+    mixture: dict[str, PositiveFloat]
+    remat: Literal["none", "dots", "block"] = "none"
+    mesh: Mesh = Mesh()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: `tokens` rounded up to whole batches."""
+        return -(-self.tokens // self.batch_tokens)
+
+    @property
+    def spent(self) -> int:
+        """Tokens the stage really takes: whole steps."""
+        return self.steps * self.batch_tokens
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one batch."""
+        return self.batch_tokens // self.length
+
+
+class Compute(Section):
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", "reference", "blockwise"] = "auto"
+
+
+class Checkpoints(Section):
+    """Saved every `every` tokens and at every stage's end. Kept: the last `keep_last`, every
+    multiple of `keep_every` (0: none), and the stages' ends."""
+
+    every: Tokens
+    keep_last: PositiveInt = 3
+    keep_every: Tokens = 0
+
+
+class Evaluation(Section):
+    """Held-out measurement: `every` tokens in the loop, and of every stage's checkpoint at the end."""
+
+    every: Tokens
+    tokens: Tokens
+    contexts: tuple[Length, ...]
+    target: Length
+    stride: Annotated[float, Field(gt=0.0, le=1.0)] = 0.125
+    samples: Annotated[int, Field(ge=0)] = 2
+
+
+class Recipe(Section):
+    """A whole run. Every value is set; `xgen recipe show` says where each came from."""
+
+    name: str
+    description: str = ""
+    model: Model
+    tokenizer: TokenizerChoice = TokenizerChoice()
+    data: Data
+    optimizer: Optimizer
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    compute: Compute = Compute()
+    checkpoints: Checkpoints
+    evaluation: Evaluation
+    mesh: Mesh = Mesh()
+    notes: dict[str, str] = {}
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(stage.spent for stage in self.stages)
+
+    def stage_start(self, index: int) -> int:
+        """Token position at which stage `index` begins."""
+        return sum(stage.spent for stage in self.stages[:index])
+
+    def stage_at(self, position: int) -> int:
+        """Index of the stage that the batch at token `position` belongs to."""
+        for index in range(len(self.stages)):
+            if position < self.stage_start(index + 1):
+                return index
+        raise IndexError(f"token position {position} lies past the run's {self.total_tokens} tokens")
