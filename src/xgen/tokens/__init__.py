@@ -1,0 +1,1 @@
+"""Tokenizers: XGen's own, any `tokenizer.json`, and byte-level BPE learnt from one's own text."""
