@@ -132,7 +132,7 @@ class Evaluation(Section):
     """Held-out measurement: `every` tokens in the loop, and of every stage's checkpoint at the end."""
 
     every: Tokens
-    tokens: Tokens
+    tokens: Tokens = 100_000
     contexts: tuple[Length, ...]
     target: Length
     stride: Annotated[float, Field(gt=0.0, le=1.0)] = 0.125
