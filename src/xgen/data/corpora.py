@@ -1,0 +1,157 @@
+"""The sources of a recipe, opened: token stores as they are, texts prepared on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from xgen.data.prepare import Progress, choose_tokenizer, prepare
+from xgen.data.sources import EMBEDDED, TextFile, list_files
+from xgen.data.store import TOKENIZER, Store, file_mark, is_store, open_store, read_manifest
+from xgen.data.writer import write_json
+from xgen.errors import DataError, StorageError
+from xgen.recipe.schema import Recipe
+from xgen.tokens.tokenizer import Tokenizer, load_tokenizer
+
+
+def open_sources(
+    recipe: Recipe, base: Path, work: Path, progress: Progress | None = None
+) -> tuple[dict[str, Store], Tokenizer]:
+    """The stores of all sources of the recipe, by name, and the tokenizer they share.
+
+    Paths in the recipe are taken from `base`. A source of text ("embedded:NAME", a file, a folder) is prepared
+    into `work/NAME`, and used again when its files, the tokenizer and the options are the same. "bpe:N" is trained
+    on the training documents of all sources and kept in `work`.
+
+    Raises `DataError` when a source is missing, or its tokenizer is not the recipe's.
+    """
+    places = {name: _place(name, given, base) for name, given in recipe.data.sources.items()}
+    ready = {name: open_store(place) for name, place in places.items() if isinstance(place, Path)}
+    raw = {name: place for name, place in places.items() if isinstance(place, _Raw)}
+    tokenizer = _tokenizer(recipe, base, work, ready, raw, progress)
+    if tokenizer.size > recipe.model.vocab_size:
+        raise DataError(
+            f"tokenizer {tokenizer.name} has {tokenizer.size} ids and model.vocab_size is {recipe.model.vocab_size}; "
+            "leave model.vocab_size out, or give it at least as many rows"
+        )
+    for name, store in ready.items():
+        _check_tokenizer(name, store, tokenizer, recipe.tokenizer.name)
+    made = {name: _prepared(name, texts, recipe, work, tokenizer, progress) for name, texts in raw.items()}
+    return {name: (ready | made)[name] for name in recipe.data.sources}, tokenizer
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """A source of text, still to be made into a store."""
+
+    source: str | Path
+    files: list[TextFile]
+
+    def hashes(self) -> list[tuple[str, str]]:
+        return [(file.name, file_mark(file.path).sha256) for file in self.files]
+
+
+def _place(name: str, given: str, base: Path) -> Path | _Raw:
+    """A ready store's folder, or the text to make one of."""
+    if given.startswith(EMBEDDED):
+        return _Raw(given, list_files(given))
+    place = base / given
+    if not place.exists():
+        raise DataError(
+            f"source {name!r}: there is no {given!r}; make it with `xgen prepare TEXTS --out {given}`, "
+            f"or name yours with --data {name}=PATH"
+        )
+    return place if is_store(place) else _Raw(place, list_files(place))
+
+
+def _tokenizer(
+    recipe: Recipe,
+    base: Path,
+    work: Path,
+    ready: Mapping[str, Store],
+    raw: Mapping[str, _Raw],
+    progress: Progress | None,
+) -> Tokenizer:
+    name = recipe.tokenizer.name
+    if name == "store":
+        if not ready:
+            raise DataError(
+                'tokenizer.name is "store", and no source is a token store to take it from; '
+                'choose "xgen", a tokenizer.json or "bpe:N"'
+            )
+        return next(iter(ready.values())).tokenizer()
+    if not name.startswith("bpe:"):
+        return load_tokenizer(name if name == "xgen" else str(base / name), recipe.tokenizer.end_of_text)
+    if ready:
+        raise DataError(
+            f"tokenizer.name is {name!r}, to be trained now, but source {next(iter(ready))!r} is a token store made "
+            "with a tokenizer of its own; take that with tokenizer.name=store"
+        )
+    return _trained(name, recipe, work, raw, progress)
+
+
+def _trained(name: str, recipe: Recipe, work: Path, raw: Mapping[str, _Raw], progress: Progress | None) -> Tokenizer:
+    """The tokenizer trained on the raw sources, from `work` when it was trained on the same before."""
+    corpora = [texts for _, texts in sorted(raw.items())]
+    files = [texts.hashes() for texts in corpora]
+    origin = json.dumps({"tokenizer": name, "held_out": recipe.data.held_out, "files": files}, sort_keys=True)
+    key = hashlib.sha256(origin.encode()).hexdigest()
+    record = work / "tokenizer.origin.json"
+    if record.is_file() and (work / TOKENIZER).is_file() and json.loads(record.read_text()) == {"origin": key}:
+        return load_tokenizer(str(work / TOKENIZER), recipe.tokenizer.end_of_text)
+    if progress is not None:
+        progress("training the tokenizer", 0.0)
+    lists = [texts.files for texts in corpora]
+    tokenizer = choose_tokenizer(name, lists, recipe.data.held_out, "stop", recipe.tokenizer.end_of_text)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)
+        tokenizer.save(work / TOKENIZER)
+        write_json(record, {"origin": key})
+    except OSError as cause:
+        raise StorageError.writing(work, cause) from cause
+    if progress is not None:
+        progress("training the tokenizer", 1.0)
+    return tokenizer
+
+
+def _check_tokenizer(name: str, store: Store, tokenizer: Tokenizer, wanted: str) -> None:
+    mark = store.manifest.tokenizer
+    if mark.fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"source {name!r} ({store.path}) was made with tokenizer {mark.name} ({mark.size} ids, "
+            f"{mark.fingerprint[:12]}), the run uses {tokenizer.name} ({tokenizer.size} ids, "
+            f"{tokenizer.fingerprint[:12]}, tokenizer.name={wanted}); prepare the text again with "
+            "`xgen prepare --tokenizer`, or set tokenizer.name=store when all sources share one"
+        )
+
+
+def _prepared(
+    name: str, texts: _Raw, recipe: Recipe, work: Path, tokenizer: Tokenizer, progress: Progress | None
+) -> Store:
+    """The store of a raw source in `work`, made unless it is there already."""
+    place = work / name
+    if is_store(place):
+        if _is_current(place, texts, recipe, tokenizer):
+            return open_store(place)
+        shutil.rmtree(place)
+
+    def report(doing: str, fraction: float) -> None:
+        if progress is not None:
+            progress(f"{doing} {name}", fraction)
+
+    prepare([texts.source], place, tokenizer, held_out=recipe.data.held_out, progress=report)
+    return open_store(place)
+
+
+def _is_current(place: Path, texts: _Raw, recipe: Recipe, tokenizer: Tokenizer) -> bool:
+    manifest = read_manifest(place)
+    return (
+        manifest.tokenizer.fingerprint == tokenizer.fingerprint
+        and manifest.options.held_out == recipe.data.held_out
+        and [(source.name, source.sha256) for source in manifest.sources] == texts.hashes()
+    )
