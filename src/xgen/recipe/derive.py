@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from xgen.errors import RecipeError
 from xgen.recipe.draft import Draft, Origin, Path
-from xgen.recipe.keys import Shape, section_of, shape_of
+from xgen.recipe.keys import Shape, join, section_of, shape_of
 from xgen.recipe.schema import Mesh, Recipe
+from xgen.recipe.values import Problem
 
 XGEN_ROWS = 51_200
 """Rows of XGen's embedding; its tokenizer has 50 313 ids."""
@@ -18,17 +18,33 @@ XGEN_ROWS = 51_200
 ROWS_MULTIPLE = 128
 """Embeddings are padded to a multiple of this, the lane count of a TPU's matrix unit."""
 
+DERIVED_KEYS = frozenset(
+    {
+        "model.kv_heads",
+        "model.head_size",
+        "model.mlp_size",
+        "model.vocab_size",
+        "stages.N.microbatch_tokens",
+        "stages.N.mixture",
+        "optimizer.warmup",
+        "checkpoints.every",
+        "evaluation.every",
+        "evaluation.target",
+        "evaluation.contexts",
+    }
+)
+"""Keys without a default that a recipe may leave out."""
+
 Vocabulary = Callable[[str], int]
 """From a tokenizer's name, file or folder to the rows its embedding needs."""
 
 
-def derive(draft: Draft, vocabulary: Vocabulary | None) -> None:
-    """Fill `draft`, whose given values are valid, with everything that follows from them.
+def derive(draft: Draft) -> None:
+    """Fill `draft`, whose given values are valid, with everything but the vocabulary that follows from them.
 
-    What cannot be derived because its own input is missing is left out. Raises RecipeError when the
-    vocabulary is needed and there is no way to ask for it.
+    What cannot be derived because its own input is missing is left out.
     """
-    _derive_model(draft, vocabulary)
+    _derive_model(draft)
     _derive_stages(draft)
     _derive_schedule(draft)
     _derive_evaluation(draft)
@@ -45,16 +61,14 @@ def _value(draft: Draft, *path: str) -> Any:
     return draft.get(path) if draft.has(path) else None
 
 
-def _derive_model(draft: Draft, vocabulary: Vocabulary | None) -> None:
+def _derive_model(draft: Draft) -> None:
     heads, hidden_size = _value(draft, "model", "heads"), _value(draft, "model", "hidden_size")
     if heads is not None:
-        _fill(draft, ("model", "kv_heads"), heads, "model.heads: each head has its own keys and values")
+        _fill(draft, ("model", "kv_heads"), heads, "model.heads (each head has its own keys and values)")
     if heads is not None and hidden_size is not None:
         _fill(draft, ("model", "head_size"), max(1, hidden_size // heads), "model.hidden_size / model.heads")
     if hidden_size is not None and not draft.has(("model", "mlp_size")):
         draft.set(("model", "mlp_size"), *_mlp_size(hidden_size, _value(draft, "model", "activation")))
-    if not draft.has(("model", "vocab_size")):
-        _derive_vocabulary(draft, vocabulary)
 
 
 def _mlp_size(hidden_size: int, activation: str | None) -> tuple[int, Origin]:
@@ -66,30 +80,36 @@ def _mlp_size(hidden_size: int, activation: str | None) -> tuple[int, Origin]:
     return size, Origin("derived", f"8/3 x model.hidden_size, rounded up to a multiple of {multiple}")
 
 
-def _derive_vocabulary(draft: Draft, vocabulary: Vocabulary | None) -> None:
-    tokenizer = _value(draft, "tokenizer", "name") or "store"
+def derive_vocabulary(draft: Draft, vocabulary: Vocabulary | None) -> list[Problem]:
+    """Fill in model.vocab_size, if need be by asking `vocabulary`; a problem when there is no way to know it.
+
+    Comes after `derive`, once the rest of the recipe is known to be whole.
+    """
+    if draft.has(("model", "vocab_size")):
+        return []
+    tokenizer = draft.get(("tokenizer", "name"))
     if tokenizer == "xgen":
-        rows, detail = XGEN_ROWS, "tokenizer.name: XGen's own padding of its 50313 ids"
+        rows, detail = XGEN_ROWS, "tokenizer.name (XGen's own padding of its 50313 ids)"
     elif tokenizer.startswith("bpe:"):
         rows = _round_up(int(tokenizer.removeprefix("bpe:")), ROWS_MULTIPLE)
         detail = f"tokenizer.name, rounded up to a multiple of {ROWS_MULTIPLE}"
     else:
-        place = _tokenizer_place(draft, tokenizer)
+        place = _tokenizer_place(tokenizer, draft.get(("data", "sources")))
         if place is None:
-            return
+            text = '\'store\' takes the tokenizer of a token store, and no source is one; use "xgen" or "bpe:2048"'
+            return [Problem("tokenizer.name", text)]
         if vocabulary is None:
-            raise RecipeError(
-                f"model.vocab_size: not given, and the tokenizer {tokenizer!r} has not been read; set model.vocab_size"
-            )
-        rows, detail = vocabulary(place), f"tokenizer.name: the ids of {place}"
+            text = f"not given, and it takes reading the tokenizer {place!r} to derive it; set model.vocab_size"
+            return [Problem("model.vocab_size", text)]
+        rows, detail = vocabulary(place), f"tokenizer.name (the ids of {place})"
     draft.set(("model", "vocab_size"), rows, Origin("derived", detail))
+    return []
 
 
-def _tokenizer_place(draft: Draft, tokenizer: str) -> str | None:
+def _tokenizer_place(tokenizer: str, sources: dict[str, str]) -> str | None:
     """Where to read the tokenizer: its own name, or for "store" the first source that can be a store."""
     if tokenizer != "store":
         return tokenizer
-    sources = _value(draft, "data", "sources") or {}
     return next((place for place in sources.values() if not place.startswith("embedded:")), None)
 
 
@@ -97,27 +117,38 @@ def _derive_stages(draft: Draft) -> None:
     for index in range(len(_value(draft, "stages") or ())):
         at = ("stages", str(index))
         before = ("stages", str(index - 1)) if index else None
-        if before is not None and draft.has((*before, "batch_tokens")):
-            detail = f"stages.{index - 1}.batch_tokens: tokens a step stay constant"
-            _fill(draft, (*at, "batch_tokens"), draft.get((*before, "batch_tokens")), detail)
-        if draft.has((*at, "batch_tokens")):
-            detail = f"stages.{index}.batch_tokens: the batch in one piece"
-            _fill(draft, (*at, "microbatch_tokens"), draft.get((*at, "batch_tokens")), detail)
+        _derive_batch(draft, at, before)
         _derive_mixture(draft, at, before)
         if before is not None and draft.has((*before, "remat")):
-            _fill(draft, (*at, "remat"), draft.get((*before, "remat")), f"stages.{index - 1}.remat")
+            _fill(draft, (*at, "remat"), draft.get((*before, "remat")), f"{join(before)}.remat")
         for axis, field in Mesh.model_fields.items():
             of_recipe = _value(draft, "mesh", axis)
-            value = field.default if of_recipe is None else of_recipe
-            _fill(draft, (*at, "mesh", axis), value, f"mesh.{axis}")
+            _fill(draft, (*at, "mesh", axis), field.default if of_recipe is None else of_recipe, f"mesh.{axis}")
+
+
+def _derive_batch(draft: Draft, at: Path, before: Path | None) -> None:
+    """The batch carries over, so that a step costs the same tokens; so does the microbatch, in whole sequences."""
+    if before is not None and draft.has((*before, "batch_tokens")):
+        detail = f"{join(before)}.batch_tokens (tokens a step stay constant)"
+        _fill(draft, (*at, "batch_tokens"), draft.get((*before, "batch_tokens")), detail)
+    batch, length = _value(draft, *at, "batch_tokens"), _value(draft, *at, "length")
+    if batch is None or length is None:
+        return
+    micro = _value(draft, *before, "microbatch_tokens") if before is not None else None
+    if before is not None and micro is not None and _value(draft, *before, "batch_tokens") == batch:
+        sizes = [size for size in range(_round_up(micro, length), batch, length) if batch % size == 0]
+        detail = f"{join(before)}.microbatch_tokens, in whole sequences"
+        _fill(draft, (*at, "microbatch_tokens"), sizes[0] if sizes else batch, detail)
+    else:
+        _fill(draft, (*at, "microbatch_tokens"), batch, f"{join(at)}.batch_tokens (the batch in one piece)")
 
 
 def _derive_mixture(draft: Draft, at: Path, before: Path | None) -> None:
     if before is not None and draft.has((*before, "mixture")):
-        _fill(draft, (*at, "mixture"), dict(draft.get((*before, "mixture"))), f"{'.'.join(before)}.mixture")
+        _fill(draft, (*at, "mixture"), dict(draft.get((*before, "mixture"))), f"{join(before)}.mixture")
     elif draft.has(("data", "sources")):
         shares = dict.fromkeys(draft.get(("data", "sources")), 1.0)
-        _fill(draft, (*at, "mixture"), shares, "data.sources: equal shares")
+        _fill(draft, (*at, "mixture"), shares, "data.sources (equal shares)")
 
 
 def _derive_schedule(draft: Draft) -> None:

@@ -61,6 +61,11 @@ class Draft:
         self._forget(path)
         self.origins.update({join(leaf): origin for leaf in leaves(value, path)})
 
+    def origin(self, path: Path) -> Origin | None:
+        """The origin of the value at `path`, or of the first value of the table there; None without either."""
+        stem = join(path)
+        return next((self.origins[key] for key in self.origins if key == stem or key.startswith(f"{stem}.")), None)
+
     def remove(self, path: Path) -> None:
         """Take away what stands at `path`."""
         del self.get(path[:-1])[path[-1]]

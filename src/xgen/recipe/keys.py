@@ -70,6 +70,26 @@ def join(path: tuple[str, ...]) -> str:
     return ".".join(quote_key(part) for part in path)
 
 
+def numberless(path: str) -> str:
+    """The dotted `path` with the number of a stage written N, as `recipe_keys` writes it."""
+    return re.sub(r"^stages\.\d+(?=\.|$)", "stages.N", path)
+
+
+def field_at(path: tuple[str, ...]) -> FieldInfo:
+    """The schema's field for the value at `path`; for a name in a table of the user's own names, the table's."""
+    section: type[BaseModel] = Recipe
+    parts = iter(path)
+    for part in parts:
+        field = section.model_fields[part]
+        shape = shape_of(field)
+        if shape not in (Shape.SECTION, Shape.SECTIONS):
+            return field
+        section = section_of(field)
+        if shape is Shape.SECTIONS:
+            next(parts, None)
+    raise KeyError(join(path))
+
+
 def quote_key(name: str) -> str:
     """`name` as a TOML key."""
     return name if _BARE_KEY.fullmatch(name) else quote_text(name)

@@ -14,7 +14,7 @@ from typing import Any
 from xgen.errors import RecipeError
 from xgen.recipe import draft as drafts
 from xgen.recipe.draft import Draft, Origin, Tree
-from xgen.recipe.keys import Shape, join, section_of, shape_of
+from xgen.recipe.keys import Shape, field_at, join, section_of, shape_of
 from xgen.recipe.schema import Recipe
 
 EXTENDS = "extends"
@@ -56,9 +56,13 @@ def parse_override(text: str) -> tuple[drafts.Path, Any]:
     Raises RecipeError when `text` is not key=value or its value opens a TOML list, table or string that does not end.
     """
     match = _OVERRIDE.fullmatch(text)
-    if match is None or not match[2].strip():
+    if match is None:
         raise RecipeError(f"override {text!r} is not key=value; write for example model.heads=8")
-    return _override_path(text, match[1]), _override_value(text, match[2].strip())
+    if not match[2].strip():
+        raise RecipeError(f"override {text!r} has no value after its =; write for example model.heads=8")
+    path, written = _override_path(text, match[1]), match[2].strip()
+    value = _override_value(text, written)
+    return path, value if isinstance(value, str) or not _takes_text(path) else written
 
 
 def _parameters_in(name: str) -> float:
@@ -93,12 +97,16 @@ def _find(wanted: str, folder: Path | None) -> tuple[str, Any]:
         return wanted, resources.files("xgen.recipe") / "shipped" / f"{wanted}.toml"
     path = Path(wanted).expanduser()
     path = folder / path if folder is not None else path
-    if path.is_dir() and (path / "recipe.toml").is_file():
-        path = path / "recipe.toml"
-    if path.is_file():
+    try:
+        if (path / "recipe.toml").is_file():
+            path = path / "recipe.toml"
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as cause:
+        raise RecipeError(f"recipe {wanted}: cannot be read: {cause.strerror}; check name and permissions") from cause
+    if is_file:
         return str(path), path
-    if path.is_dir():
-        raise RecipeError(f"folder {wanted} holds no recipe.toml; name a recipe file, a run folder or one of {_shipped()}")
+    if is_folder:
+        raise RecipeError(f"folder {path} holds no recipe.toml; name a file, a run folder or one of {_shipped()}")
     if path.suffix == ".toml" or path.name != wanted:
         raise RecipeError(f"there is no recipe file {path}; name a file that exists or one of {_shipped()}")
     near = difflib.get_close_matches(wanted, shipped_recipes(), n=1)
@@ -112,9 +120,9 @@ def _shipped() -> str:
 
 def _read(label: str, location: Any) -> Tree:
     try:
-        return tomllib.loads(location.read_text(encoding="utf-8"))
+        return tomllib.loads(location.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except tomllib.TOMLDecodeError as cause:
-        raise RecipeError(f"{label}: not TOML: {cause}; text goes in quotes, as in tokens = \"800B\"") from cause
+        raise RecipeError(f'{label}: not TOML: {cause}; text goes in quotes, as in tokens = "800B"') from cause
     except UnicodeDecodeError as cause:
         raise RecipeError(f"{label}: not UTF-8 text at byte {cause.start}; save it as UTF-8") from cause
     except OSError as cause:
@@ -166,12 +174,17 @@ def _within(inner: str, outer: str) -> bool:
 
 def _name_after_file(draft: Draft, label: str) -> None:
     if not draft.has(("name",)):
-        draft.set(("name",), Path(label).stem, Origin("derived", f"the file's name, {label}"))
+        draft.set(("name",), Path(label).stem, Origin("derived", f"the name of the file {label}"))
 
 
 def _override(draft: Draft, text: str, path: drafts.Path, value: Any) -> None:
     if path[0] == EXTENDS:
         raise RecipeError(f"override {text!r}: extends belongs in a recipe file; name that recipe instead of this one")
+    if path[-2:-1] == ("mixture",) and not draft.has(path[:-1]):
+        raise RecipeError(
+            f"override {text!r}: {join(path[:-2])} states no mixture of which one weight could change; "
+            f"give it whole, as in {join(path[:-1])}='{{ {path[-1]} = 1, other = 3 }}'"
+        )
     try:
         if path[0] == NOTES:
             draft.set(path, value, Origin("override", "command line"))
@@ -207,6 +220,14 @@ def _override_path(text: str, key: str) -> drafts.Path:
         [(part, node)] = node.items()
         path.append(part)
     return tuple(path)
+
+
+def _takes_text(path: drafts.Path) -> bool:
+    """Whether the key at `path` holds text, so that stages.0.name=64 needs no quotes within quotes."""
+    try:
+        return field_at(path).annotation is str
+    except KeyError:
+        return False
 
 
 def _override_value(text: str, value: str) -> Any:

@@ -7,11 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xgen.errors import RecipeError
-from xgen.recipe.derive import Vocabulary, derive
-from xgen.recipe.draft import Origin
-from xgen.recipe.layers import read_layers
+from xgen.recipe.check import check_recipe
+from xgen.recipe.derive import DERIVED_KEYS, Vocabulary, derive, derive_vocabulary
+from xgen.recipe.draft import Draft, Origin
+from xgen.recipe.keys import numberless
+from xgen.recipe.layers import read_layers, shipped_recipes
 from xgen.recipe.schema import Recipe
 from xgen.recipe.values import Problem, missing_values, parse_values
+from xgen.recipe.write import changed_keys, dump_toml, recipe_hash
+
+__all__ = [
+    "Origin",
+    "Resolved",
+    "Vocabulary",
+    "changed_keys",
+    "dump_toml",
+    "load_recipe",
+    "recipe_hash",
+    "shipped_recipes",
+]
 
 
 @dataclass(frozen=True)
@@ -22,22 +36,33 @@ class Resolved:
     origins: Mapping[str, Origin]
 
 
-def load_recipe(
-    source: str | Path, overrides: Sequence[str] = (), *, vocabulary: Vocabulary | None = None
-) -> Resolved:
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, vocabulary: Vocabulary | None = None) -> Resolved:
     """The recipe `source`: a shipped name, a .toml file, or a run folder; `overrides` are "key=value".
 
-    `vocabulary` gives the embedding rows for a tokenizer's file or folder; it is called only when
-    model.vocab_size is not given and the tokenizer is neither "xgen" nor "bpe:N".
-    Raises RecipeError with one line for everything that is wrong.
+    `vocabulary` gives the embedding rows for a tokenizer's file, or for a token store's folder when the
+    tokenizer is "store"; it is called only when model.vocab_size is not given and the tokenizer is neither
+    "xgen" nor "bpe:N". Raises RecipeError with a line for everything that is wrong.
     """
     draft = read_layers(source, overrides)
     problems = parse_values(draft)
-    derive(draft, vocabulary)
-    problems += missing_values(draft)
+    derive(draft)
+    problems += _missing(draft, problems)
+    if all(problem.unknown_key for problem in problems):
+        problems += derive_vocabulary(draft, vocabulary)
+    if not all(problem.unknown_key for problem in problems):
+        raise RecipeError(_report(source, problems))
+    recipe = Recipe.model_validate(draft.tree)
+    problems += check_recipe(recipe, draft.origins)
     if problems:
         raise RecipeError(_report(source, problems))
-    return Resolved(Recipe.model_validate(draft.tree), draft.origins)
+    return Resolved(recipe, draft.origins)
+
+
+def _missing(draft: Draft, problems: list[Problem]) -> list[Problem]:
+    """What is missing, without the keys that a problem already names or that only follow from a missing one."""
+    named = [f"{problem.path}." for problem in problems]
+    missing = [problem for problem in missing_values(draft) if not f"{problem.path}.".startswith(tuple(named))]
+    return [problem for problem in missing if numberless(problem.path) not in DERIVED_KEYS]
 
 
 def _report(source: str | Path, problems: list[Problem]) -> str:

@@ -6,9 +6,10 @@ is built (`xgen.recipe.load`), so that no other room ever asks whether a value i
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from xgen.recipe.units import parse_length, parse_tokens
 
@@ -17,6 +18,43 @@ Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=0)]
 
 Length = Annotated[int, BeforeValidator(parse_length), Field(gt=0)]
 """A length or a batch in tokens; text takes binary units: "2K" is 2048, "4M" is 4 194 304."""
+
+SHORTEST_LENGTH = 8
+"""No stage is shorter: below it there is no room for an eighth, a quarter and a half of the length."""
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_BPE_NAME = re.compile(r"bpe:([0-9]+)")
+_SMALLEST_BPE = 257
+"""Every byte, and the end of text."""
+
+
+def _check_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not a name; use letters, digits, '-', '_' and '.', for files will bear it")
+    return name
+
+
+def _check_tokenizer(name: str) -> str:
+    match = _BPE_NAME.fullmatch(name)
+    if not name or (match is None and name.split(":")[0] == "bpe"):
+        raise ValueError(f'{name!r} is no tokenizer; use "xgen", "bpe:2048", "store" or the path of a tokenizer.json')
+    if match is not None and int(match[1]) < _SMALLEST_BPE:
+        raise ValueError(f"{name!r} has no room for 256 bytes and the end of text; use bpe:{_SMALLEST_BPE} or more")
+    return name
+
+
+def _check_not_empty(text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"{text!r} is empty; write what it should be")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+"""A name that files and folders can bear."""
+
+Text = Annotated[str, AfterValidator(_check_not_empty)]
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -54,16 +92,16 @@ class Model(Section):
 class TokenizerChoice(Section):
     """Which tokenizer: "xgen", "bpe:N" to train one of N ids, a tokenizer.json, or "store" to take the stores'."""
 
-    name: str = "store"
-    end_of_text: str = "<|endoftext|>"
+    name: Annotated[str, AfterValidator(_check_tokenizer)] = "store"
+    end_of_text: Text = "<|endoftext|>"
 
 
 class Data(Section):
     """Where documents come from. A source is a token store, a folder or file of text, or "embedded:NAME"."""
 
-    seed: int = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     document_mask: bool = True
-    sources: dict[str, str]
+    sources: dict[Name, Text]
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
 
 
@@ -72,7 +110,7 @@ class Optimizer(Section):
     learning_rate: PositiveFloat
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     warmup: Tokens
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     epsilon: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     clip: PositiveFloat = 1.0
@@ -89,9 +127,9 @@ class Mesh(Section):
 
 
 class Stage(Section):
-    name: str
-    length: Length
-    tokens: Tokens
+    name: Name
+    length: Annotated[Length, Field(ge=SHORTEST_LENGTH)]
+    tokens: Annotated[Tokens, Field(gt=0)]
     batch_tokens: Length
     microbatch_tokens: Length
     mixture: dict[str, PositiveFloat]
@@ -123,7 +161,7 @@ class Checkpoints(Section):
     """Saved every `every` tokens and at every stage's end. Kept: the last `keep_last`, every
     multiple of `keep_every` (0: none), and the stages' ends."""
 
-    every: Tokens
+    every: Annotated[Tokens, Field(gt=0)]
     keep_last: PositiveInt = 3
     keep_every: Tokens = 0
 
@@ -131,18 +169,21 @@ class Checkpoints(Section):
 class Evaluation(Section):
     """Held-out measurement: `every` tokens in the loop, and of every stage's checkpoint at the end."""
 
-    every: Tokens
-    tokens: Tokens = 100_000
-    contexts: tuple[Length, ...]
+    every: Annotated[Tokens, Field(gt=0)]
+    tokens: Annotated[Tokens, Field(gt=0)] = 100_000
+    contexts: Annotated[tuple[Length, ...], Field(min_length=1)]
     target: Length
     stride: Annotated[float, Field(gt=0.0, le=1.0)] = 0.125
     samples: Annotated[int, Field(ge=0)] = 2
 
 
 class Recipe(Section):
-    """A whole run. Every value is set; `xgen recipe show` says where each came from."""
+    """A whole run. Every value is set; `xgen recipe show` says where each came from.
 
-    name: str
+    `notes` say of single keys, by dotted path, what a reader must know of their values.
+    """
+
+    name: Name
     description: str = ""
     model: Model
     tokenizer: TokenizerChoice = TokenizerChoice()

@@ -14,8 +14,6 @@ TOKEN_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 LENGTH_UNITS = {"": 1, "K": 2**10, "M": 2**20}
 
 _QUANTITY = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)")
-_LONGEST_FRACTION = 3
-"""Decimals a formatted quantity may have; what needs more is written out in full, so nothing is ever rounded."""
 
 
 class UnitError(RecipeError, ValueError):
@@ -39,12 +37,12 @@ def parse_length(value: object) -> int:
 
 
 def format_tokens(tokens: int) -> str:
-    """The shortest text that `parse_tokens` reads back to exactly `tokens`."""
+    """Text that `parse_tokens` reads back to exactly `tokens`: in the largest unit if that is short, else in full."""
     return _format(tokens, TOKEN_UNITS)
 
 
 def format_length(tokens: int) -> str:
-    """The shortest text that `parse_length` reads back to exactly `tokens`."""
+    """Text that `parse_length` reads back to exactly `tokens`: in the largest unit if that is short, else in full."""
     return _format(tokens, LENGTH_UNITS)
 
 
@@ -70,10 +68,10 @@ def _amount(text: str, units: dict[str, int]) -> Fraction | None:
 
 
 def _format(tokens: int, units: dict[str, int]) -> str:
-    for unit, size in sorted(units.items(), key=lambda item: -item[1]):
-        amount = Fraction(tokens, size) * 10**_LONGEST_FRACTION
-        if unit and tokens >= size and amount.denominator == 1:
-            whole, thousandths = divmod(int(amount), 10**_LONGEST_FRACTION)
-            fraction = f"{thousandths:0{_LONGEST_FRACTION}d}".rstrip("0")
-            return f"{whole}.{fraction}{unit}" if fraction else f"{whole}{unit}"
-    return f"{tokens:_}"
+    in_full = f"{tokens:_}"
+    unit, size = max((item for item in units.items() if item[1] <= max(1, tokens)), key=lambda item: item[1])
+    thousandths = Fraction(tokens, size) * 1000
+    if not unit or thousandths.denominator != 1:  # more than three decimals are harder to read than the digits
+        return in_full
+    short = f"{int(thousandths) // 1000}.{int(thousandths) % 1000:03d}".rstrip("0").rstrip(".") + unit
+    return short if len(short) < len(in_full) else in_full

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -25,6 +25,7 @@ class Problem:
 
     path: str
     text: str
+    unknown_key: bool = False
 
     def __str__(self) -> str:
         return f"{self.path}: {self.text}"
@@ -34,6 +35,9 @@ def parse_values(draft: Draft) -> list[Problem]:
     """Parse every value of `draft` in place (units become integers) and take out what is wrong, a problem for each."""
     problems = []
     for path, problem in list(_check_section(draft, draft.tree, Recipe, ())):
+        origin = draft.origin(path)
+        if origin is not None and origin.kind == "inherited":
+            problem = replace(problem, text=f"{problem.text} (in {origin.detail})")
         problems.append(problem)
         if draft.has(path):
             draft.remove(path)
@@ -51,7 +55,7 @@ _Found = Iterator[tuple[Path, Problem]]
 def _check_section(draft: Draft, node: Any, section: type[BaseModel], path: Path) -> _Found:
     if not isinstance(node, dict):
         keys = ", ".join(section.model_fields)
-        yield path, Problem(join(path), f"{node!r} is not a table; its keys are {keys}")
+        yield path, Problem(join(path), f"{_shown(node)} is not a table; its keys are {keys}")
         return
     for key in list(node):
         here = (*path, key)
@@ -72,7 +76,10 @@ def _check_section(draft: Draft, node: Any, section: type[BaseModel], path: Path
 
 def _check_sections(draft: Draft, node: Any, section: type[BaseModel], path: Path) -> _Found:
     if not isinstance(node, list) or not node or not all(isinstance(part, dict) for part in node):
-        yield path, Problem(join(path), f"{node!r} is not a list of stages; write each as a table headed [[stages]]")
+        yield (
+            path,
+            Problem(join(path), f"{_shown(node)} is not a list of stages; write each as a table headed [[stages]]"),
+        )
         return
     for index, part in enumerate(node):
         yield from _check_section(draft, part, section, (*path, str(index)))
@@ -81,11 +88,12 @@ def _check_sections(draft: Draft, node: Any, section: type[BaseModel], path: Pat
 def _check_table(node: dict[str, Any], key: str, field: FieldInfo, path: Path) -> _Found:
     if not isinstance(node[key], dict):
         example = "{ natural = 1.0, code = 0.5 }" if key == "mixture" else '{ mine = "stores/mine" }'
-        yield path, Problem(join(path), f"{node[key]!r} is not a table; write {key} = {example}")
+        yield path, Problem(join(path), f"{_shown(node[key])} is not a table; write {key} = {example}")
         return
-    adapter = _adapter(get_args(field.annotation)[1])
+    name_type, value_type = get_args(field.annotation)
     for name in list(node[key]):
-        yield from _check_value(node[key], name, adapter, (*path, name))
+        yield from _check_value({name: name}, name, _adapter(name_type), (*path, name))
+        yield from _check_value(node[key], name, _adapter(value_type), (*path, name))
 
 
 def _check_value(node: dict[str, Any], key: str, adapter: TypeAdapter[Any], path: Path) -> _Found:
@@ -107,25 +115,30 @@ def _adapter_of(field: FieldInfo) -> TypeAdapter[Any]:
 
 
 def _unknown(key: str, section: type[BaseModel], path: Path) -> Problem:
-    """An unknown key, with the nearest of its table's keys, else the nearest anywhere, else all of the table's."""
-    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.6)
-    if near:
-        return Problem(join((*path, key)), f"unknown key; did you mean {join((*path, near[0]))}?")
-    elsewhere = [place for place in _homes(Recipe, "") if place.rpartition(".")[2] == key]
-    if elsewhere:
-        return Problem(join((*path, key)), f"unknown key; {key} belongs at {' or '.join(elsewhere)}")
+    """An unknown key, with the nearest of its table's keys, else its home elsewhere, else all of the table's."""
+    known = [*section.model_fields, *(() if path else ("extends",))]
+    near = difflib.get_close_matches(key, known, n=1)
+    homes = [home for home in _homes(Recipe, "") if home.rpartition(".")[2] == key]
     table = f"[{join(path)}]" if path else "a recipe"
-    return Problem(join((*path, key)), f"unknown key; the keys of {table} are {', '.join(section.model_fields)}")
+    if key in _ELSEWHERE:
+        remedy = f"did you mean {_ELSEWHERE[key]}?"
+    elif near:
+        remedy = f"did you mean {join((*path, near[0]))}?"
+    elif homes:
+        remedy = f"did you mean {' or '.join(homes)}?"
+    else:
+        remedy = f"the keys of {table} are {', '.join(known)}"
+    return Problem(join((*path, key)), f"unknown key; {remedy}", unknown_key=True)
 
 
 def _homes(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    """Every key and section, dotted, a stage's number written N."""
+    """Every key and section, dotted, of the stages' the first stage's."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
         if shape_of(field) is Shape.SECTION:
             yield from _homes(section_of(field), f"{prefix}{name}.")
         elif shape_of(field) is Shape.SECTIONS:
-            yield from _homes(section_of(field), f"{prefix}{name}.N.")
+            yield from _homes(section_of(field), f"{prefix}{name}.0.")
 
 
 def _missing(draft: Draft, section: type[BaseModel], path: Path) -> Iterator[Problem]:
@@ -158,26 +171,65 @@ _WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "greater_than_equal": lambda ctx: f"is below {ctx['ge']:g}; give at least that",
     "less_than": lambda ctx: f"is not below {ctx['lt']:g}; give a smaller number",
     "less_than_equal": lambda ctx: f"is above {ctx['le']:g}; give at most that",
-    "int_type": lambda _: "is not a whole number; write it without quotes or a fraction",
+    "int_from_float": lambda _: "is not a whole number; write digits only",
+    "int_type": lambda _: "is not a whole number; write digits only, without quotes",
     "float_type": lambda _: "is not a number; write it without quotes",
     "finite_number": lambda _: "is not a finite number",
     "bool_type": lambda _: "is neither true nor false",
     "string_type": lambda _: "is not text; write it in quotes",
     "tuple_type": lambda _: "is not a list; write values in brackets, as in [1, 2]",
-    "missing": lambda _: "has too few values",
     "too_short": lambda ctx: f"has too few values; give at least {ctx['min_length']}",
     "too_long": lambda ctx: f"has too many values; give {ctx['max_length']}",
-    "value_error": lambda ctx: str(ctx["error"]),
 }
 
 
 def _in_words(value: Any, cause: ValidationError) -> str:
     """What is wrong with `value`: one sentence, the value first."""
     errors = cause.errors(include_url=False)
-    if len({error["loc"][0] for error in errors if error["loc"]}) > 1 and get_origin(type(value)) is None:
-        return f"{value!r} is neither a whole number above 0 nor \"rest\""
     error = errors[0]
-    words = _WORDS.get(error["type"], lambda _: error["msg"])(error.get("ctx", {}))
-    if error["type"] == "value_error":
-        return words
-    return f"{error['input']!r} {words}" if error["type"] != "missing" else f"{value!r} {words}"
+    context = error.get("ctx", {})
+    if error["loc"] and isinstance(error["loc"][0], str):  # named branches: the one union, Mesh's counts
+        return f'{_shown(value)} is neither a whole number above 0 nor "rest"'
+    if error["type"] == "value_error":  # raised by our own validators, which name the value
+        return str(context["error"])
+    if error["type"] == "missing":  # of a list of fixed size, whose places are counted from 0
+        return f"{_shown(value)} has too few values; give {int(errors[-1]['loc'][0]) + 1}"
+    words = _WORDS[error["type"]](context) if error["type"] in _WORDS else error["msg"]
+    return f"{_shown(error['input'])} {words}"
+
+
+def _shown(value: Any) -> str:
+    """`value` as the user wrote it, more or less: TOML's true and brackets instead of Python's."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_shown, value))}]"
+    return repr(value)
+
+
+# What other trainers and model files call our keys.
+_ELSEWHERE = {
+    "lr": "optimizer.learning_rate",
+    "max_lr": "optimizer.learning_rate",
+    "warmup_steps": "optimizer.warmup",
+    "grad_clip": "optimizer.clip",
+    "max_grad_norm": "optimizer.clip",
+    "batch_size": "stages.0.batch_tokens",
+    "micro_batch_size": "stages.0.microbatch_tokens",
+    "steps": "stages.0.tokens",
+    "max_steps": "stages.0.tokens",
+    "seq_len": "stages.0.length",
+    "max_length": "stages.0.length",
+    "context_length": "stages.0.length",
+    "num_hidden_layers": "model.layers",
+    "n_layers": "model.layers",
+    "num_attention_heads": "model.heads",
+    "n_heads": "model.heads",
+    "num_key_value_heads": "model.kv_heads",
+    "head_dim": "model.head_size",
+    "intermediate_size": "model.mlp_size",
+    "hidden_dim": "model.hidden_size",
+    "hidden_act": "model.activation",
+    "rms_norm_eps": "model.norm_epsilon",
+    "tie_word_embeddings": "model.tied_embeddings",
+}
