@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
@@ -77,3 +78,29 @@ def byte_level_document(
             "merges": [f"{left} {right}" for left, right in merges],
         },
     }
+
+
+def is_gpt2_split(document: Mapping[str, Any]) -> bool:
+    """Whether the text of `document` is split by SPLIT and by nothing else, so that `cut` changes no id."""
+    split = document.get("pre_tokenizer") or {}
+    return (
+        split.get("type") == "ByteLevel"
+        and split.get("use_regex", True)
+        and not split["add_prefix_space"]
+        and not document["added_tokens"]
+        and document.get("normalizer") is None
+    )
+
+
+# Before a space or a line's end that follows no whitespace, SPLIT always ends a piece and starts afresh. Python's
+# whitespace includes all of SPLIT's \s and four controls more, so the character before is surely no \s.
+_SEAM = re.compile(r"(?<=\S)(?=[ \n])")
+
+
+def cut(text: str, length: int) -> Iterator[str]:
+    """`text` in parts of at least `length` characters whose ids, one part after another, are those of the whole."""
+    start = 0
+    while seam := _SEAM.search(text, start + length):
+        yield text[start : seam.start()]
+        start = seam.start()
+    yield text[start:]

@@ -13,9 +13,16 @@ MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 METASPACE = "▁"
 """SentencePiece's sign for a space."""
 
+BARRED = "\U0010ffff"
+"""Begins the pieces that fill a Unigram list where nothing may be read: a noncharacter, which no real text holds."""
+
 
 def read_document(path: Path) -> dict[str, Any]:
-    """The parsed `tokenizer.json` at `path`. Raises DataError when it is missing or is something else."""
+    """The parsed `tokenizer.json` at `path`, its truncation, padding and dropout switched off: ids are of whole texts,
+    and always the same.
+
+    Raises DataError when it is missing or is something else.
+    """
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as cause:
@@ -24,42 +31,82 @@ def read_document(path: Path) -> dict[str, Any]:
         raise DataError(f"cannot read the tokenizer {path}: {cause.strerror or cause}") from cause
     except ValueError as cause:
         raise DataError(f"{path} is not a tokenizer.json: {cause}") from cause
-    model = document.get("model") if isinstance(document, dict) else None
-    if not isinstance(model, dict) or "vocab" not in model or not isinstance(document.get("added_tokens"), list):
-        raise DataError(f"{path} is not a tokenizer.json: it has no model with a vocabulary and no added_tokens")
+    if not _is_tokenizer(document):
+        raise DataError(f"{path} is not a tokenizer.json: it has no model with a vocabulary, or no added_tokens")
+    model = document["model"]
     # Files of before tokenizers 0.10 leave the type out where the fields tell it.
     if model.setdefault("type", "BPE" if "merges" in model else None) not in MODELS:
         raise DataError(f"{path} has a model of type {model['type']!r}; known are {', '.join(MODELS)}")
-    return document
+    return document | {
+        "truncation": None,
+        "padding": None,
+        "model": model | ({"dropout": None} if "dropout" in model else {}),
+    }
+
+
+def _is_tokenizer(document: object) -> bool:
+    return (
+        isinstance(document, dict)
+        and isinstance(model := document.get("model"), dict)
+        and isinstance(model.get("vocab"), list if "unk_id" in model else dict)
+        and isinstance(added := document.get("added_tokens"), list)
+        and all(isinstance(token, dict) and {"id", "content", "special"} <= token.keys() for token in added)
+    )
 
 
 def control_tokens(document: dict[str, Any]) -> dict[str, int]:
-    """Name -> id of the tokens marked special, apart from the model's own token for unknown characters."""
-    unknown = document["model"].get("unk_token")
-    return {
-        token["content"]: token["id"]
-        for token in document["added_tokens"]
-        if token["special"] and token["content"] != unknown
-    }
+    """Name -> id of the tokens marked special."""
+    return {token["content"]: token["id"] for token in document["added_tokens"] if token["special"]}
+
+
+def vocabulary(document: dict[str, Any]) -> dict[str, int]:
+    """Token -> id of every token, added ones included."""
+    return _model_vocabulary(document["model"]) | {token["content"]: token["id"] for token in document["added_tokens"]}
 
 
 def without_control(document: dict[str, Any]) -> dict[str, Any]:
     """`document` with its control tokens cut out of added tokens, vocabulary and merges, all other ids as they were.
 
-    A Unigram vocabulary is a list by id and stays whole.
+    `encode_special_tokens` of the tokenizers library is not enough: it stops the search for control tokens, but the
+    model itself still gives their ids to a whole piece (`ignore_merges`, WordLevel, WordPiece) or to any text
+    (Unigram). Of them only the model's token for unknown characters stays, unless bytes make all characters known.
     """
-    model = document["model"]
-    if model["type"] == "Unigram":
-        return document | {"post_processor": None}
     control = control_tokens(document)
-    kept = [token for token in document["added_tokens"] if token["content"] not in control]
-    vocab = {token: index for token, index in model["vocab"].items() if token not in control}
+    model = document["model"]
+    if is_byte_level(document) and "unk_token" in model:
+        model = model | {"unk_token": None}
+    unknown = _unknown(model)
     # In the vocabulary a token keeps its id; otherwise ids of added tokens are counted on from the vocabulary's end.
-    vocab |= {token["content"]: token["id"] for token in kept}
-    model = model | {"vocab": vocab}
+    vocab = {token: index for token, index in vocabulary(document).items() if token not in control or token == unknown}
+    model = model | {"vocab": _scored(vocab, model["vocab"]) if model["type"] == "Unigram" else vocab}
     if "merges" in model:
         model["merges"] = [pair for pair in model["merges"] if not _forms(pair, control)]
+    kept = [token for token in document["added_tokens"] if token["content"] not in control]
     return document | {"added_tokens": kept, "post_processor": None, "model": model}
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """The model's own token for characters it does not know."""
+    if model["type"] != "Unigram":
+        token: str | None = model.get("unk_token")
+        return token
+    return None if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
+
+
+def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:
+    if model["type"] == "Unigram":
+        return {piece: index for index, (piece, _) in enumerate(model["vocab"])}
+    vocab: dict[str, int] = model["vocab"]
+    return vocab
+
+
+def _scored(vocab: dict[str, int], scored: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Unigram's list by id of piece and score for `vocab`; ids not in it are BARRED pieces."""
+    scores = dict(scored)
+    barred = [(f"{BARRED}{index}", 0.0) for index in range(max(vocab.values()) + 1)]
+    for piece, index in vocab.items():
+        barred[index] = (piece, scores.get(piece, 0.0))
+    return barred
 
 
 def _forms(pair: str | list[str], control: dict[str, int]) -> bool:
@@ -74,8 +121,14 @@ def is_byte_level(document: dict[str, Any]) -> bool:
     return any(step["type"] == "ByteLevel" for step in (decoder, *decoder.get("decoders", ())) if step)
 
 
-def piece_bytes(piece: str) -> bytes:
-    """The bytes of a SentencePiece piece: <0xNN> is a byte, ▁ a space."""
+def piece_bytes(piece: str, model: dict[str, Any]) -> bytes:
+    """The bytes of a piece that is not byte-level: <0xNN> is a byte, ▁ a space, marks of word parts are taken off.
+
+    WordPiece and WordLevel leave spaces out of their pieces, so these count for none.
+    """
     if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
         return bytes.fromhex(byte[1])
+    piece = piece.removeprefix(model.get("continuing_subword_prefix") or "")
+    if suffix := model.get("end_of_word_suffix"):
+        piece = re.sub(re.escape(suffix) + "$", " ", piece)
     return piece.replace(METASPACE, " ").encode()

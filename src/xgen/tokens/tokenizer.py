@@ -15,12 +15,26 @@ import tokenizers
 from numpy.typing import NDArray
 
 from xgen.errors import DataError, StorageError
-from xgen.tokens.bytelevel import ALPHABET, END_OF_TEXT, byte_level_document, to_bytes
-from xgen.tokens.document import control_tokens, is_byte_level, piece_bytes, read_document, without_control
+from xgen.tokens.bytelevel import ALPHABET, END_OF_TEXT, byte_level_document, cut, is_gpt2_split, to_bytes
+from xgen.tokens.document import (
+    BARRED,
+    control_tokens,
+    is_byte_level,
+    piece_bytes,
+    read_document,
+    vocabulary,
+    without_control,
+)
 from xgen.tokens.xgen import EMBEDDING_ROWS, xgen_document
 
 UNKNOWN = "\ufffd"
 """What an id without a token decodes to, as does a byte that is not UTF-8."""
+
+PART = 1 << 15
+"""Characters of a part that long texts are cut into: many to a core, and few enough to keep all cores busy."""
+
+GROUP = 1 << 21
+"""Characters encoded at once: the tokenizers library holds about 120 bytes for each, so about 250 MB."""
 
 
 class Tokenizer:
@@ -31,26 +45,25 @@ class Tokenizer:
     """
 
     def __init__(self, document: dict[str, Any], name: str, end_of_text: str = END_OF_TEXT) -> None:
-        """`document` is a parsed `tokenizer.json`; its truncation and padding are switched off.
+        """`document` is a parsed `tokenizer.json` as `read_document` gives it, `name` what errors call it.
 
-        Raises DataError when `end_of_text` is not one of its control tokens.
+        Raises DataError when `end_of_text` is not one of its control tokens, or its ids contradict each other.
         """
         self.name = name
-        self._document = document | {"truncation": None, "padding": None}
-        self._control_ids = control_tokens(self._document)
+        self._document = document
+        self._control_ids = control_tokens(document)
         if end_of_text not in self._control_ids:
             raise DataError(_no_end_of_text(document, name, end_of_text))
         self.end_of_text: int = self._control_ids[end_of_text]
-        self._whole = tokenizers.Tokenizer.from_str(json.dumps(self._document))
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps(without_control(self._document)))
-        self._plain.encode_special_tokens = True
-        # Unigram keeps its vocabulary as a list by id, from which nothing can be cut.
-        self._guarded = self._document["model"]["type"] == "Unigram"
-
-    @cached_property
-    def size(self) -> int:
+        self._vocabulary = vocabulary(document)
+        self.size: int = max(self._vocabulary.values()) + 1
         """Count of real ids: the highest, plus one."""
-        return max(self._whole.get_vocab(with_added_tokens=True).values()) + 1
+        self._whole = tokenizers.Tokenizer.from_str(json.dumps(document))
+        self._check_ids()
+        plain = without_control(document)
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+        self._guarded = document["model"]["type"] == "Unigram"
+        self._cuttable = is_gpt2_split(plain)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -77,14 +90,22 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, in parallel on all cores."""
-        for text in texts:
-            _check_unicode(text)
-        batch = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
-        rows: list[list[int]] = [encoding.ids for encoding in batch]
+        """`encode` of each text, in parallel on all cores; working memory does not grow with the texts."""
+        rows: list[list[int]] = [[] for _ in texts]
+        for group in _groups(self._parts(texts)):
+            batch = self._plain.encode_batch_fast([part for _, part in group], add_special_tokens=False)
+            for (row, _), encoding in zip(group, batch, strict=True):
+                rows[row].extend(encoding.ids)
         if self._guarded:
-            self._check_no_control(rows)
+            self._check_barred(rows)
         return rows
+
+    def _parts(self, texts: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """Each text's number and, where that changes no id, its parts."""
+        for row, text in enumerate(texts):
+            _check_unicode(text)
+            for part in cut(text, PART) if self._cuttable else (text,):
+                yield row, part
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; control tokens by their names, ids without a token and broken UTF-8 as U+FFFD."""
@@ -104,11 +125,17 @@ class Tokenizer:
         return UNKNOWN.encode() if piece is None else piece
 
     def save(self, path: Path) -> None:
-        """Write a `tokenizer.json` that stock `tokenizers` loads; into the folder when `path` is one."""
+        """Write a `tokenizer.json` that stock `tokenizers` loads; into the folder when `path` is one.
+
+        Raises StorageError when it cannot be written; a file that was there before is then whole.
+        """
         target = path / "tokenizer.json" if path.is_dir() else path
+        beside = target.with_name(target.name + ".partial")
         try:
-            target.write_text(json.dumps(self._document, ensure_ascii=False, indent=1), encoding="utf-8")
+            beside.write_text(json.dumps(self._document, ensure_ascii=False, indent=1), encoding="utf-8")
+            beside.replace(target)
         except OSError as cause:
+            beside.unlink(missing_ok=True)
             raise StorageError.writing(target, cause) from cause
 
     @cached_property
@@ -116,22 +143,35 @@ class Tokenizer:
         """Bytes by id; None where no token has the id."""
         pieces: list[bytes | None] = [None] * self.size
         added = {token["content"] for token in self._document["added_tokens"]}
-        as_bytes = to_bytes if is_byte_level(self._document) else piece_bytes
-        for token, index in self._whole.get_vocab(with_added_tokens=True).items():
-            pieces[index] = token.encode() if token in added else as_bytes(token)
+        byte_level = is_byte_level(self._document)
+        for token, index in self._vocabulary.items():
+            if token in added:
+                pieces[index] = token.encode()
+            else:
+                pieces[index] = to_bytes(token) if byte_level else piece_bytes(token, self._document["model"])
         return pieces
 
     def _is_real(self, index: int) -> bool:
         return index < self.size and self._pieces[index] is not None
 
-    def _check_no_control(self, rows: list[list[int]]) -> None:
-        control = {index: token for token, index in self._control_ids.items()}
-        for row in rows:
-            if found := next((index for index in row if index in control), None):
+    def _check_ids(self) -> None:
+        for token in self._document["added_tokens"]:
+            content, stated, real = token["content"], token["id"], self._whole.token_to_id(token["content"])
+            if real != stated:
                 raise DataError(
-                    f"the text holds {control[found]!r}, which the Unigram model of tokenizer {self.name} reads as "
-                    "its control token; take it out of the text"
+                    f"tokenizer {self.name} says that {content!r} has id {stated}, but it comes out as {real}: ids of "
+                    "added tokens must be those of the vocabulary or go on from its end; correct the file"
                 )
+
+    def _check_barred(self, rows: list[list[int]]) -> None:
+        if found := next((index for row in rows for index in row if index in self._barred), None):
+            raise DataError(f"the text holds U+10FFFF followed by {found}, which stands for no text; take it out")
+
+    @cached_property
+    def _barred(self) -> set[int]:
+        """Ids of BARRED pieces."""
+        pieces = enumerate(without_control(self._document)["model"]["vocab"])
+        return {index for index, (piece, _) in pieces if piece.startswith(BARRED)}
 
 
 def load_tokenizer(name: str, end_of_text: str = END_OF_TEXT) -> Tokenizer:
@@ -151,8 +191,7 @@ def embedding_rows(name: str) -> int:
     if name.startswith("bpe:") and name[4:].isdecimal():
         return _to_128(int(name[4:]))
     document, _ = _load_document(name)
-    whole = tokenizers.Tokenizer.from_str(json.dumps(document))
-    return _to_128(max(whole.get_vocab(with_added_tokens=True).values()) + 1)
+    return _to_128(max(vocabulary(document).values()) + 1)
 
 
 def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
@@ -192,6 +231,20 @@ def _load_document(name: str) -> tuple[dict[str, Any], str]:
     if path.is_dir():
         path = path / "tokenizer.json"
     return read_document(path), str(path)
+
+
+def _groups(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """`parts` in lists of about GROUP characters."""
+    group: list[tuple[int, str]] = []
+    characters = 0
+    for row, part in parts:
+        group.append((row, part))
+        characters += len(part)
+        if characters >= GROUP:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def _checked(texts: Iterable[str]) -> Iterator[str]:
