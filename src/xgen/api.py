@@ -1,0 +1,167 @@
+"""XGen from Python: the same things as the command line does, joined from the rooms."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from xgen.errors import RecipeError
+from xgen.recipe.load import load_recipe
+from xgen.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from xgen.train.run import Clock, Run
+    from xgen.train.signals import Signals
+    from xgen.train.step import State
+
+
+class Task(Protocol):
+    """A piece of work outside the steps; told the fraction that is done, 0 to 1."""
+
+    def advance(self, fraction: float) -> None: ...
+
+
+class Display(Protocol):
+    """Whoever watches a run: `xgen.cli.progress.Progress` on a terminal, `Silent` from Python."""
+
+    def stage(self, name: str, length: int) -> None: ...
+    def step(self, tokens: int, loss: float, tokens_per_second: float) -> None: ...
+    def evaluation(self, loss: float) -> None: ...
+    def note(self, text: str) -> None: ...
+    def task(self, description: str) -> AbstractContextManager[Task]: ...
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def stage(self, name: str, length: int) -> None: ...
+    def step(self, tokens: int, loss: float, tokens_per_second: float) -> None: ...
+    def evaluation(self, loss: float) -> None: ...
+    def note(self, text: str) -> None: ...
+    def advance(self, fraction: float) -> None: ...
+
+    @contextmanager
+    def task(self, description: str) -> Iterator[Task]:  # noqa: ARG002 - nothing is shown
+        yield self
+
+
+def train(
+    recipe: str | Path | Recipe,
+    *,
+    run: str | Path,
+    overrides: Iterable[str] = (),
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Train `recipe` in the new folder `run`, measure every stage's checkpoint, write the report.
+
+    `recipe` is a shipped name, a file or a `Recipe`; `overrides` are "key=value" as on the command line. Returns the
+    result (docs/reference/run-folder.md lists its keys). Raises the errors of `xgen.errors`.
+    """
+    from xgen.train.run import Clock, create, first_state
+    from xgen.train.signals import Signals
+
+    begin, watched, signals = time.perf_counter(), display or Silent(), Signals()
+    wanted = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
+    with signals.installed():
+        with watched.task("preparing the text") as task:
+            opened = create(wanted, Path(run), Path.cwd(), _reporter(task))
+        opened.recorder.event("run_started", tokens=0, step=0, **_facts(opened))
+        return _finish(opened, first_state(opened), Clock(), watched, signals, begin)
+
+
+def resume(run: str | Path, *, overrides: Iterable[str] = (), display: Display | None = None) -> dict[str, Any]:
+    """Go on with the run in folder `run` from its newest whole checkpoint; the result is that of `train`.
+
+    `overrides` may change `checkpoints.*` and `evaluation.*` only.
+    """
+    from xgen.train.run import reopen, restore
+    from xgen.train.signals import Signals
+
+    begin, watched, signals = time.perf_counter(), display or Silent(), Signals()
+    folder = Path(run)
+    wanted = load(folder, overrides)
+    with signals.installed():
+        with watched.task("opening the text") as task:
+            opened = reopen(wanted, folder, _reporter(task))
+        damaged: list[str] = []
+        state, clock = restore(opened, damaged.append)
+        for text in damaged:
+            watched.note(text)
+        facts = {"from": clock.tokens, "reason": "; ".join(damaged) or "asked for"}
+        opened.recorder.event("resumed", tokens=clock.tokens, step=clock.step, **facts)
+        return _finish(opened, state, clock, watched, signals, begin)
+
+
+def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The resolved recipe `source`: a shipped name, a file, or a run folder."""
+    from xgen.tokens.tokenizer import embedding_rows
+
+    if isinstance(source, Path) and source.is_dir() and not (source / "recipe.toml").is_file():
+        raise RecipeError(f"{source} holds no run (no recipe.toml); start one with `xgen train RECIPE --run {source}`")
+    return load_recipe(source, tuple(overrides), vocabulary=embedding_rows).recipe
+
+
+def sources_override(data: Iterable[str]) -> list[str]:
+    """The override that makes `data`, each "PATH" or "NAME=PATH", a recipe's sources in equal shares.
+
+    A token store brings its own tokenizer, so the recipe's is set aside for it.
+    """
+    import json
+
+    from xgen.data.store import is_store
+
+    named = [text.partition("=") if "=" in text else (Path(text).name or "text", "=", text) for text in data]
+    if not named:
+        return []
+    sources = ", ".join(f"{json.dumps(name)} = {json.dumps(place)}" for name, _, place in named)
+    overrides = [f"data.sources={{ {sources} }}"]
+    if any(is_store(Path(place)) for _, _, place in named):
+        overrides.append("tokenizer.name=store")
+    return overrides
+
+
+def _finish(run: Run, state: State, clock: Clock, watched: Display, signals: Signals, begin: float) -> dict[str, Any]:
+    """Train what is left, measure, write result and report."""
+    from xgen.report.page import write_report
+    from xgen.train.after import measure, result
+    from xgen.train.hardware import peak_memory
+    from xgen.train.loop import train as train_stages
+
+    earlier = clock.seconds
+    try:
+        train_stages(run, state, clock, watched, signals)
+        del state
+        with watched.task("measuring every stage's checkpoint") as task:
+            measured = measure(run, task.advance)
+        seconds = earlier + time.perf_counter() - begin
+        facts = {"seconds": seconds, "peak_memory_bytes": peak_memory()}
+        run.recorder.event("finished", tokens=clock.tokens, step=clock.step, **facts)
+        found = result(run, measured, seconds)
+    finally:
+        run.recorder.close()
+        if (run.folder / "metrics.jsonl").exists():
+            write_report(run.folder)
+    return found
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    import jax
+
+    from xgen import __version__
+    from xgen.model import parameter_count
+
+    return {
+        "version": __version__,
+        "recipe": run.recipe.name,
+        "parameters": parameter_count(run.spec),
+        "devices": [str(device) for device in jax.devices()],
+        "train_tokens": {name: int(store.train.token_count) for name, store in run.stores.items()},
+        "sources": dict(run.recipe.data.sources),
+    }
+
+
+def _reporter(task: Task) -> Callable[[str, float], None]:
+    return lambda _what, fraction: task.advance(fraction)

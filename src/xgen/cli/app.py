@@ -1,0 +1,57 @@
+"""The command line: one thin function a verb; what it does lives in the rooms."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from xgen.cli.checkpoint import checkpoint_app
+from xgen.cli.data import data_app
+from xgen.cli.prepare import prepare
+from xgen.cli.recipe import recipe_app
+from xgen.cli.report import report
+from xgen.cli.train import train
+from xgen.errors import XgenError
+
+app = typer.Typer(
+    name="xgen",
+    help="Train, tune, test and serve long-context language models in stages.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(prepare)
+app.command()(train)
+app.command()(report)
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+_DEBUG = "--debug"
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error.")] = False,  # noqa: ARG001 - read in main
+) -> None:
+    if version:
+        from xgen import __version__
+
+        typer.echo(f"xgen {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. An error of ours is one message on standard error and its own exit code."""
+    arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG]
+    try:
+        app(args=arguments, prog_name="xgen")
+    except XgenError as error:
+        if _DEBUG in sys.argv:
+            traceback.print_exc()
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,138 @@
+"""The decoder's forward pass and its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from xgen.model.attention import attention
+from xgen.model.layers import PROJECTION, mlp, named, norm
+from xgen.model.linear import accumulator, project
+from xgen.model.loss import masked_logits, token_nll, weighted_loss
+from xgen.model.rope import angles, rotate
+from xgen.model.spec import Spec
+from xgen.model.weights import Block, Weights
+
+
+class Places(NamedTuple):
+    """Where each token stands: its rotary angles and its document."""
+
+    cosine: Float[Array, "B S 1 E/2"]
+    sine: Float[Array, "B S 1 E/2"]
+    segments: Int[Array, "B S"]
+
+
+def forward(
+    weights: Weights,
+    spec: Spec,
+    ids: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    remat: str = "none",
+) -> Float[Array, "B S D"]:
+    """Hidden states after the final norm, in the compute type.
+
+    `segments` numbers the documents of a row, `positions` the places within them. `remat` says what the backward
+    pass recomputes: "none", "dots" (all but the products' results), "block" (everything but the layers' inputs).
+    """
+    places = Places(*angles(positions, spec.model, accumulator(spec.dtype)), segments)
+    x = weights.embedding[ids].astype(spec.dtype)
+    layer = _rematerialised(lambda x, w: (block(x, w, places, spec), None), remat)
+    x, _ = jax.lax.scan(layer, x, weights.block)
+    return norm(x, weights.final_norm, weights.final_norm_bias, spec.model)
+
+
+def block(x: Float[Array, "B S D"], w: Block, at: Places, spec: Spec) -> Float[Array, "B S D"]:
+    """One layer (the leading axis L of `w` is gone): sequential circuits as XGen's and LLaMA's, or parallel ones
+    on one shared norm as GPT-J's and JaxFormer's."""
+    normed = norm(x, w.attention_norm, w.attention_norm_bias, spec.model)
+    attended = attend(normed, w, at, spec)
+    if w.mlp_norm is None:
+        return x + attended + mlp(normed, w.gate, w.up, w.down)
+    x = x + attended
+    return x + mlp(norm(x, w.mlp_norm, w.mlp_norm_bias, spec.model), w.gate, w.up, w.down)
+
+
+def attend(x: Float[Array, "B S D"], w: Block, at: Places, spec: Spec) -> Float[Array, "B S D"]:
+    """The attention circuit on a normed input."""
+    q = rotate(named(project(x, w.query)), at.cosine, at.sine)
+    k = rotate(named(project(x, w.key)), at.cosine, at.sine)
+    v = named(project(x, w.value))
+    mixed = attention(q, k, v, at.segments, spec.compute.attention)
+    flat = mixed.reshape(*mixed.shape[:2], -1)
+    return named(project(flat, w.output.reshape(flat.shape[-1], -1)))
+
+
+def _rematerialised(layer: Callable[..., tuple[Array, None]], remat: str) -> Callable[..., tuple[Array, None]]:
+    if remat == "none":
+        return layer
+    keep = jax.checkpoint_policies.save_only_these_names(PROJECTION) if remat == "dots" else None
+    # The scan around the layer already keeps XLA from merging the recomputation away.
+    wrapped: Callable[..., tuple[Array, None]] = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+    return wrapped
+
+
+def head_of(weights: Weights) -> Float[Array, "D V"]:
+    """The output embedding: its own, or the input embedding turned when they are tied."""
+    return weights.embedding.T if weights.head is None else weights.head
+
+
+def objective(
+    weights: Weights,
+    spec: Spec,
+    ids: Int[Array, "B S"],
+    targets: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    token_weight: Float[Array, ""] | float,
+    z_loss: float = 0.0,
+    remat: str = "none",
+) -> tuple[Float[Array, ""], Float[Array, "B S"]]:
+    """What training minimises: token_weight x the sum over tokens of nll (plus z-loss); and each token's nll.
+
+    `token_weight` is one over the tokens of the whole batch, so that microbatches add up to the batch's mean.
+    """
+    x = forward(weights, spec, ids, segments, positions, remat)
+    flat = x.reshape(-1, x.shape[-1])
+    each = jnp.full(flat.shape[0], token_weight, accumulator(spec.dtype))
+    total, per_token = weighted_loss(flat, head_of(weights), targets.reshape(-1), each, spec.real_vocab, z_loss)
+    return total, jax.lax.stop_gradient(per_token).reshape(ids.shape)
+
+
+def nll(
+    weights: Weights,
+    spec: Spec,
+    ids: Int[Array, "B S"],
+    targets: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+) -> Float[Array, "B S"]:
+    """Each target's negative log-likelihood in nats; never all logits at once; for measurement, not for gradients."""
+    x = forward(weights, spec, ids, segments, positions)
+    flat = token_nll(x.reshape(-1, x.shape[-1]), head_of(weights), targets.reshape(-1), spec.real_vocab)
+    return flat.reshape(ids.shape)
+
+
+def logits(
+    weights: Weights,
+    spec: Spec,
+    ids: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+) -> Float[Array, "B S V"]:
+    """All logits in float32; rows past the tokenizer's are masked."""
+    return masked_logits(forward(weights, spec, ids, segments, positions), head_of(weights), spec.real_vocab)
+
+
+def last_logits(
+    weights: Weights, spec: Spec, ids: Int[Array, "B S"], length: Int[Array, ""]
+) -> Float[Array, "B V"]:
+    """Logits of the token after the first `length` of each row; what stands past them is not looked at."""
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    x = forward(weights, spec, ids, jnp.zeros_like(ids), positions)
+    last = jax.lax.dynamic_index_in_dim(x, length - 1, axis=1, keepdims=False)
+    return masked_logits(last, head_of(weights), spec.real_vocab)

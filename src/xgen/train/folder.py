@@ -1,0 +1,109 @@
+"""The run folder: a line of metrics a step, a line an event, and how both are cut back at a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from xgen.errors import StorageError
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+RECIPE = "recipe.toml"
+RESULT = "result.json"
+MEASUREMENTS = "evals/after_training.json"
+CHECKPOINTS = "checkpoints"
+STORES = "stores"
+
+STEP_KEYS = (
+    "step", "tokens", "stage", "length", "loss", "grad_norm", "update_norm", "param_norm", "lr",
+    "tokens_per_second", "seconds", "flops_utilisation", "loss_by_position",
+)  # fmt: skip
+
+
+class Recorder:
+    """Appends to a run's `metrics.jsonl` and `events.jsonl`; each line reaches the system when it is written."""
+
+    def __init__(self, run: Path) -> None:
+        self._lock = threading.Lock()  # checkpoints are recorded by the thread that writes them
+        self._metrics = _append(run / METRICS)
+        self._events = _append(run / EVENTS)
+
+    def step(self, **line: object) -> None:
+        """One step's line; `STEP_KEYS` lists its names."""
+        with self._lock:
+            _write_line(self._metrics, line)
+
+    def event(self, kind: str, *, tokens: int, step: int, **facts: object) -> None:
+        """One event, with the wall-clock time in seconds since 1970."""
+        with self._lock:
+            _write_line(self._events, {"kind": kind, "tokens": tokens, "step": step, "time": time.time(), **facts})
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut; done before a checkpoint that counts on it."""
+        for stream in (self._metrics, self._events):
+            os.fsync(stream.fileno())
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of a JSON Lines file; a last line torn by a kill is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def cut_back(run: Path, tokens: int) -> float:
+    """Drop the lines past `tokens`, which the resumed run writes again. Returns the seconds of the steps kept."""
+    kept = [line for line in read_lines(run / METRICS) if line["tokens"] <= tokens]
+    replace_text(run / METRICS, "".join(_line(line) for line in kept))
+    events = [line for line in read_lines(run / EVENTS) if line["tokens"] <= tokens]
+    replace_text(run / EVENTS, "".join(_line(line) for line in events))
+    return float(sum(line["seconds"] for line in kept))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a whole file, atomically."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as cause:
+        raise StorageError.writing(path, cause) from cause
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a whole JSON file, atomically; a value that is no number is an error."""
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _append(path: Path) -> TextIOWrapper:
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as cause:
+        raise StorageError.writing(path, cause) from cause
+
+
+def _line(value: dict[str, object]) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write_line(stream: TextIOWrapper, value: dict[str, object]) -> None:
+    try:
+        stream.write(_line(value))
+        stream.flush()
+    except OSError as cause:
+        raise StorageError.writing(Path(stream.name), cause) from cause

@@ -1,0 +1,45 @@
+"""What the program runs on: memory and the peak of its matrix units."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import jax
+
+# Publishers' dense bfloat16 peaks in FLOP/s, by JAX's device kind.
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.5e12,
+}
+
+
+def peak_flops() -> float | None:
+    """FLOP/s of one device's published peak; None where it is not known, as for any CPU."""
+    return _PEAKS.get(jax.devices()[0].device_kind)
+
+
+def memory_limit() -> int:
+    """Bytes a program may take: the accelerator's memory, or the machine's."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory() -> int:
+    """Bytes of this process's largest resident set so far; the device's own peak where it keeps one."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,189 @@
+"""The training loop: stages over one token clock."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from xgen.data.prefetch import prefetch
+from xgen.data.reader import Batch
+from xgen.errors import NonFiniteError, RecipeError, StoppedBySignal
+from xgen.model import flops_per_token
+from xgen.train.checkpoints import Checkpoint, Saver
+from xgen.train.evaluate import evaluate, loop_tokens, write_sample
+from xgen.train.folder import CHECKPOINTS
+from xgen.train.hardware import memory_limit, peak_flops
+from xgen.train.run import Clock, Run
+from xgen.train.schedule import learning_rate
+from xgen.train.signals import Signals
+from xgen.train.step import Metrics, State, StepFunction, Tokens, make_step, mean_loss_by_position
+
+_NAMED_DOCUMENTS = 12
+
+
+class Display(Protocol):
+    """What the loop tells whoever watches."""
+
+    def stage(self, name: str, length: int) -> None: ...
+    def step(self, tokens: int, loss: float, tokens_per_second: float) -> None: ...
+    def evaluation(self, loss: float) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+def train(run: Run, state: State, clock: Clock, display: Display, signals: Signals) -> State:
+    """Train from `clock` to the recipe's last token.
+
+    Every stage is compiled, and its memory checked, before the first step. Raises StoppedBySignal once a signal's
+    checkpoint is written, NonFiniteError before a step that would spoil the weights, StorageError when a checkpoint
+    or a line of the logs cannot be written.
+    """
+    if clock.tokens >= run.recipe.total_tokens:
+        return state
+    remaining = range(run.recipe.stage_at(clock.tokens), len(run.recipe.stages))
+    programs = {index: compile_stage(run, index, state) for index in remaining}
+    session = _Session(run, clock, display, signals)
+    with signals.deferred():
+        for index in remaining:
+            state = session.stage(index, programs[index][0], programs[index][1], state)
+        session.saver.wait()
+    return state
+
+
+def compile_stage(run: Run, index: int, state: State) -> tuple[StepFunction, float]:
+    """The stage's compiled step and the seconds it took. Raises RecipeError when it cannot fit in memory."""
+    stage = run.recipe.stages[index]
+    begin = time.perf_counter()
+    tokens = jax.ShapeDtypeStruct((stage.sequences, stage.length), np.int32)
+    rate = jax.ShapeDtypeStruct((), np.float32)
+    step = make_step(run.spec, stage, run.recipe.optimizer, run.transformation)
+    compiled = step.lower(state, Tokens(tokens, tokens, tokens, tokens), rate).compile()
+    memory = compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    if needed > memory_limit():
+        raise RecipeError(
+            f"stage {stage.name!r}: a step at length {stage.length} needs {needed / 2**30:.1f} GiB, and there are "
+            f"{memory_limit() / 2**30:.1f}; lower stages.{index}.microbatch_tokens (now {stage.microbatch_tokens}), "
+            f'or set stages.{index}.remat = "block" (now "{stage.remat}")'
+        )
+    return compiled, time.perf_counter() - begin
+
+
+class _Session:
+    """One process's part of a run: what the steps of all its stages share."""
+
+    def __init__(self, run: Run, clock: Clock, display: Display, signals: Signals) -> None:
+        self.run, self.clock, self.display, self.signals = run, clock, display, signals
+        self.saver = Saver(run.folder / CHECKPOINTS, run.recipe.checkpoints, self._saved)
+        longest = max(run.recipe.evaluation.contexts)
+        self.held_out = run.held_out(loop_tokens(run.recipe.evaluation.tokens, longest))
+        self._peak = peak_flops()
+
+    def stage(self, index: int, step: StepFunction, compile_seconds: float, state: State) -> State:
+        """Train the rest of one stage."""
+        stage, end = self.run.recipe.stages[index], self.run.recipe.stage_start(index + 1)
+        self.display.stage(stage.name, stage.length)
+        if self.clock.tokens == self.run.recipe.stage_start(index):
+            facts = {"stage": stage.name, "length": stage.length, "stage_tokens": stage.spent}
+            self._event("stage_started", compile_seconds=compile_seconds, **facts)
+        positions = range(self.clock.tokens, end, stage.batch_tokens)
+        with closing(prefetch(self.run.reader, positions)) as batches:
+            for batch in batches:
+                state = self._step(step, state, batch)
+                self._after_step(state, stage.name, stage.length, ends=self.clock.tokens == end)
+        return state
+
+    def _step(self, step: StepFunction, state: State, batch: Batch) -> State:
+        """One step and its line."""
+        stage = self.run.recipe.stages[batch.stage]
+        begin = time.perf_counter()
+        rate = learning_rate(self.run.recipe, batch.position)
+        tokens = Tokens(batch.ids, batch.targets, batch.segments, batch.positions)
+        state, metrics = step(state, tokens, np.float32(rate))
+        metrics = jax.device_get(metrics)
+        seconds = time.perf_counter() - begin
+        if not metrics.finite:
+            self._stop_non_finite(state, batch, metrics)
+        self.clock.tokens += stage.batch_tokens
+        self.clock.step += 1
+        speed = stage.batch_tokens / seconds
+        self.run.recorder.step(
+            step=self.clock.step,
+            tokens=self.clock.tokens,
+            stage=stage.name,
+            length=stage.length,
+            loss=float(metrics.loss),
+            grad_norm=float(metrics.grad_norm),
+            update_norm=float(metrics.update_norm),
+            param_norm=float(metrics.param_norm),
+            lr=rate,
+            tokens_per_second=speed,
+            seconds=seconds,
+            flops_utilisation=self._utilisation(speed, stage.length),
+            loss_by_position=mean_loss_by_position(metrics.bin_losses, metrics.bin_tokens),
+        )
+        self.display.step(self.clock.tokens, float(metrics.loss), speed)
+        return state
+
+    def _after_step(self, state: State, stage: str, length: int, *, ends: bool) -> None:
+        """Measure, save and stop where the clock says so."""
+        recipe = self.run.recipe
+        batch = recipe.stages[recipe.stage_at(self.clock.tokens - 1)].batch_tokens
+        if ends or _due(self.clock.tokens, batch, recipe.evaluation.every):
+            self._evaluate(state, length)
+        signal = self.signals.received
+        if ends or signal or _due(self.clock.tokens, batch, recipe.checkpoints.every):
+            self.run.recorder.sync()
+            self.saver.save(state, self.clock.tokens, self.clock.step, stage if ends else "")
+        if signal:
+            self.saver.wait()
+            self._event("stopped", reason=signal)
+            raise StoppedBySignal(
+                f"{signal}: saved at {self.clock.tokens:,} tokens; go on with `xgen train --resume {self.run.folder}`"
+            )
+
+    def _evaluate(self, state: State, length: int) -> None:
+        if self.held_out is None:
+            return
+        begin = time.perf_counter()
+        found = evaluate(state.weights, self.run.spec, self.held_out, length, self.run.tokenizer.byte_lengths)
+        self.display.evaluation(found.loss)
+        self._event("evaluation", length=length, **vars(found), seconds=time.perf_counter() - begin)
+        for document in self.held_out.documents[: self.run.recipe.evaluation.samples]:
+            prompt, text = write_sample(state.weights, self.run.spec, self.run.tokenizer, document, self.clock.tokens)
+            self._event("sample", prompt=prompt, text=text, document=document.name)
+
+    def _stop_non_finite(self, state: State, batch: Batch, metrics: Metrics) -> None:
+        """Save the weights as they were before the step, and name what it would have learnt from."""
+        self.saver.save(state, self.clock.tokens, self.clock.step, "")
+        self.saver.wait()
+        names = list(dict.fromkeys(f"{s.source}:{s.name}" for s in self.run.reader.documents(batch.position)))
+        self._event("stopped", reason="non-finite", failed_step=self.clock.step + 1, documents=names)
+        shown = ", ".join(names[:_NAMED_DOCUMENTS])
+        more = f" and {len(names) - _NAMED_DOCUMENTS} more" if len(names) > _NAMED_DOCUMENTS else ""
+        raise NonFiniteError(
+            f"step {self.clock.step + 1} at {batch.position:,} tokens: loss {float(metrics.loss)}, gradient norm "
+            f"{float(metrics.grad_norm)}; nothing was updated and the weights before it are saved. Its documents: "
+            f"{shown}{more}. See them with `xgen data show {self.run.folder} --position {batch.position}`; "
+            "a lower optimizer.learning_rate or compute.precision=float32 may cure it"
+        )
+
+    def _saved(self, checkpoint: Checkpoint) -> None:
+        facts = {"path": checkpoint.path.name, "bytes": checkpoint.bytes, "stage": checkpoint.stage}
+        self.run.recorder.event("checkpoint", tokens=checkpoint.tokens, step=checkpoint.step, **facts)
+
+    def _event(self, kind: str, **facts: object) -> None:
+        self.run.recorder.event(kind, tokens=self.clock.tokens, step=self.clock.step, **facts)
+
+    def _utilisation(self, tokens_per_second: float, length: int) -> float | None:
+        if self._peak is None:
+            return None
+        return tokens_per_second * flops_per_token(self.run.spec, length) / self._peak
+
+
+def _due(tokens: int, batch: int, every: int) -> bool:
+    """Whether a multiple of `every` was reached within the last `batch` tokens."""
+    return every > 0 and tokens // every > (tokens - batch) // every

@@ -1,0 +1,183 @@
+"""A run, opened: its recipe, its data, its model and its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import optax
+
+from xgen.data.corpora import open_sources
+from xgen.data.reader import Reader
+from xgen.data.store import Store
+from xgen.errors import CheckpointError, DataError, RecipeError
+from xgen.measure import Sample, sample_documents
+from xgen.model import Spec, initialise
+from xgen.recipe.load import changed_keys, dump_toml
+from xgen.recipe.schema import Recipe
+from xgen.tokens.tokenizer import Tokenizer
+from xgen.train import optimizer
+from xgen.train.checkpoints import Checkpoint, newest_whole, read_state
+from xgen.train.folder import CHECKPOINTS, RECIPE, RESULT, STORES, Recorder, cut_back, replace_text, write_json
+from xgen.train.step import State
+
+SOURCES = "sources.json"
+"""Beside the recipe: the fingerprint of each source's store, so that a resumed run meets the same text."""
+
+# What may change when a run is resumed: nothing that decides a batch, a weight or the schedule.
+_CHANGEABLE = ("name", "description", "notes.", "checkpoints.", "evaluation.")
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the loop needs that does not change."""
+
+    folder: Path
+    recipe: Recipe
+    tokenizer: Tokenizer
+    stores: Mapping[str, Store]
+    reader: Reader
+    spec: Spec
+    transformation: optax.GradientTransformation
+    recorder: Recorder
+
+    def held_out(self, tokens: int) -> Sample | None:
+        """About `tokens` held-out tokens of documents long enough for the largest context; None without any."""
+        splits = {name: store.held_out for name, store in self.stores.items()}
+        if not any(split.documents for split in splits.values()):
+            return None
+        return sample_documents(splits, tokens, max(self.recipe.evaluation.contexts))
+
+
+@dataclass
+class Clock:
+    """Where a run stands; all else about time derives from the tokens. `seconds`: of the steps before this session."""
+
+    tokens: int = 0
+    step: int = 0
+    seconds: float = 0.0
+
+
+def create(recipe: Recipe, folder: Path, base: Path, progress: Progress | None = None) -> Run:
+    """Begin a run in `folder`, which must not hold one. Relative paths of the recipe are taken from `base`."""
+    if (folder / RECIPE).exists():
+        raise RecipeError(
+            f"{folder} already holds a run; go on with `xgen train --resume {folder}`, or choose another folder"
+        )
+    check_devices(recipe)
+    recipe = _rooted(recipe, base)
+    stores, tokenizer = open_sources(recipe, base, folder / STORES, progress)
+    write_json(folder / SOURCES, {name: store.fingerprint for name, store in stores.items()})
+    tokenizer.save(folder / "tokenizer.json")
+    run = _assemble(recipe, folder, stores, tokenizer)
+    replace_text(folder / RECIPE, dump_toml(recipe))  # last: a folder with a recipe is a run that can be resumed
+    return run
+
+
+def reopen(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Run:
+    """Open the run in `folder` again. `recipe`: its own, or one that differs in checkpoints and evaluation only."""
+    from xgen.recipe.load import load_recipe
+
+    changed = [key for key in changed_keys(load_recipe(folder).recipe, recipe) if not key.startswith(_CHANGEABLE)]
+    if changed:
+        raise RecipeError(
+            f"{folder} cannot be resumed with another {', '.join(changed)}: the weights, batches and schedule so far "
+            f"depend on it; only checkpoints.* and evaluation.* may change. Start a new run instead"
+        )
+    check_devices(recipe)
+    stores, tokenizer = open_sources(recipe, folder, folder / STORES, progress)
+    _check_sources(folder, stores)
+    run = _assemble(recipe, folder, stores, tokenizer)
+    replace_text(folder / RECIPE, dump_toml(recipe))
+    return run
+
+
+def first_state(run: Run) -> State:
+    """Freshly drawn weights and an empty optimizer state; the seed is the data's."""
+    weights = initialise(run.spec, run.recipe.data.seed)
+    return State(weights, run.transformation.init(weights))
+
+
+def restore(run: Run, report: Callable[[str], None]) -> tuple[State, Clock]:
+    """State and clock of the newest whole checkpoint, or of the beginning; later lines of the logs are dropped."""
+    checkpoint = newest_whole(run.folder / CHECKPOINTS, report)
+    (run.folder / RESULT).unlink(missing_ok=True)
+    if checkpoint is None:
+        seconds = cut_back(run.folder, -1)
+        return first_state(run), Clock()
+    if checkpoint.tokens > run.recipe.total_tokens:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} lies past the recipe's {run.recipe.total_tokens:,} tokens; "
+            "it belongs to another run: choose its folder"
+        )
+    seconds = cut_back(run.folder, checkpoint.tokens)
+    return read_state(checkpoint.path, run.spec, run.transformation), _clock(checkpoint, seconds)
+
+
+def _clock(checkpoint: Checkpoint, seconds: float) -> Clock:
+    return Clock(checkpoint.tokens, checkpoint.step, seconds)
+
+
+def check_devices(recipe: Recipe) -> None:
+    """One device is what this version trains on; a mesh that needs more is refused."""
+    for place, mesh in (("mesh", recipe.mesh), *((f"stages.{i}.mesh", s.mesh) for i, s in enumerate(recipe.stages))):
+        sizes = {axis: size for axis, size in mesh.model_dump().items() if size not in (1, "rest")}
+        if sizes:
+            needed = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+            raise RecipeError(
+                f"{place}: {needed} needs more than one device, and training over several devices is not built yet; "
+                'set these axes to 1 (or "rest")'
+            )
+    if jax.device_count() > 1:
+        raise RecipeError(
+            f"{jax.device_count()} devices are visible, and training over several devices is not built yet; "
+            "show JAX one (for example CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+def _assemble(recipe: Recipe, folder: Path, stores: Mapping[str, Store], tokenizer: Tokenizer) -> Run:
+    return Run(
+        folder=folder,
+        recipe=recipe,
+        tokenizer=tokenizer,
+        stores=stores,
+        reader=Reader(recipe, stores),
+        spec=Spec.of(recipe, tokenizer.size),
+        transformation=optimizer.build(recipe.optimizer),
+        recorder=Recorder(folder),
+    )
+
+
+def _rooted(recipe: Recipe, base: Path) -> Recipe:
+    """The recipe with absolute paths, so that it can be resumed from any folder."""
+    def root(name: str) -> str:
+        place = base / name
+        return str(place.absolute()) if ":" not in name and place.exists() else name
+
+    sources = {name: root(place) for name, place in recipe.data.sources.items()}
+    named = recipe.tokenizer.name in ("store", "xgen")
+    tokenizer = recipe.tokenizer.name if named else root(recipe.tokenizer.name)
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"sources": sources}),
+            "tokenizer": recipe.tokenizer.model_copy(update={"name": tokenizer}),
+        }
+    )
+
+
+def _check_sources(folder: Path, stores: Mapping[str, Store]) -> None:
+    try:
+        before = json.loads((folder / SOURCES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        raise DataError(f"{folder / SOURCES} cannot be read ({cause}); without it a resume may meet other text") from cause
+    for name, store in stores.items():
+        if before.get(name) != store.fingerprint:
+            raise DataError(
+                f"source {name!r} has changed since {folder} began, so its batches would differ; "
+                "put the old text back, or start a new run"
+            )

@@ -1,0 +1,118 @@
+"""One optimizer step, compiled once a stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from xgen.model import Spec, Weights, objective
+from xgen.recipe.schema import Optimizer, Stage
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What a step changes: float32 master weights and the optimizer's state."""
+
+    weights: Weights
+    optimizer: optax.OptState
+
+
+class Tokens(NamedTuple):
+    """A batch on the device; N sequences of S positions."""
+
+    ids: Int[Array, "N S"]
+    targets: Int[Array, "N S"]
+    segments: Int[Array, "N S"]
+    positions: Int[Array, "N S"]
+
+
+class Metrics(NamedTuple):
+    """Scalars of a step in float32. Norms are global: of the gradient before clipping, of the change made to the
+    weights, of the weights after it. The bins are powers of two of the target's place in its document."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    update_norm: Float[Array, ""]
+    param_norm: Float[Array, ""]
+    finite: Bool[Array, ""]
+    bin_losses: Float[Array, " bins"]
+    bin_tokens: Float[Array, " bins"]
+
+
+StepFunction = Callable[[State, Tokens, Float[Array, ""]], tuple[State, Metrics]]
+
+
+def position_bins(length: int) -> int:
+    """Bins of the tokens a target is predicted from: [1, 2), [2, 4) ... the last one up to `length`, as in
+    `xgen.measure.position_bins`."""
+    return max((length - 1).bit_length(), 1)
+
+
+def make_step(
+    spec: Spec, stage: Stage, optimizer: Optimizer, transformation: optax.GradientTransformation
+) -> StepFunction:
+    """The stage's step: (state, batch, learning rate) -> (state, metrics). The state given is consumed.
+
+    The batch is cut into microbatches whose float32 gradients are added; each token counts once over the tokens of the
+    whole batch. When the loss or the gradient is not finite, the state comes back as it was.
+    """
+
+    def step(state: State, batch: Tokens, rate: Float[Array, ""]) -> tuple[State, Metrics]:
+        loss, gradients, per_token = _gradients(state.weights, spec, stage, optimizer.z_loss, batch)
+        grad_norm = optax.global_norm(gradients)
+        direction, optimizer_state = transformation.update(gradients, state.optimizer, state.weights)
+        updates = jax.tree.map(lambda change: -rate * change, direction)
+        moved = State(optax.apply_updates(state.weights, updates), optimizer_state)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        kept = jax.tree.map(partial(jnp.where, finite), moved, state)
+        bins = _by_position(per_token, batch.positions, position_bins(stage.length))
+        update_norm, param_norm = optax.global_norm(updates), optax.global_norm(kept.weights)
+        return kept, Metrics(per_token.mean(), grad_norm, update_norm, param_norm, finite, *bins)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _gradients(
+    weights: Weights, spec: Spec, stage: Stage, z_loss: float, batch: Tokens
+) -> tuple[Float[Array, ""], Weights, Float[Array, "N S"]]:
+    """Objective, its float32 gradient, and each token's nll, over all microbatches."""
+    graded = jax.value_and_grad(objective, has_aux=True)
+    part = partial(graded, token_weight=1 / batch.ids.size, z_loss=z_loss, remat=stage.remat)
+    count = stage.batch_tokens // stage.microbatch_tokens
+    if count == 1:
+        (loss, per_token), gradients = part(weights, spec, *batch)
+        return loss, gradients, per_token
+
+    def add(sums: tuple[Array, Weights], microbatch: Tokens) -> tuple[tuple[Array, Weights], Array]:
+        (loss, per_token), gradients = part(weights, spec, *microbatch)
+        return (sums[0] + loss, jax.tree.map(jnp.add, sums[1], gradients)), per_token
+
+    parts = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[1]), batch)
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))
+    (loss, gradients), per_token = jax.lax.scan(add, zero, parts)
+    return loss, gradients, per_token.reshape(batch.ids.shape)
+
+
+def _by_position(
+    per_token: Float[Array, "N S"], positions: Int[Array, "N S"], bins: int
+) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
+    """Summed loss and tokens of each power-of-two bin of the context a target has (its position plus one)."""
+    context = positions.reshape(-1) + 1
+    edges = jnp.asarray([1 << power for power in range(1, bins)], context.dtype)
+    member = jnp.searchsorted(edges, context, side="right")[:, None] == jnp.arange(bins)
+    return per_token.reshape(-1) @ member.astype(jnp.float32), member.sum(axis=0).astype(jnp.float32)
+
+
+def mean_loss_by_position(losses: Float[Array, " bins"], tokens: Float[Array, " bins"]) -> dict[str, float]:
+    """Mean loss of every bin that has tokens, by the bin's first context length."""
+    pairs = enumerate(zip(losses.tolist(), tokens.tolist(), strict=True))
+    return {str(1 << power): loss / count for power, (loss, count) in pairs if count > 0 and math.isfinite(loss)}
