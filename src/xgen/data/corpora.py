@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from xgen.data.prepare import Progress, choose_tokenizer, prepare
+from xgen.data.prepare import Progress, choose_tokenizer, prepare, quietly
 from xgen.data.sources import EMBEDDED, TextFile, list_files
 from xgen.data.store import TOKENIZER, Store, file_mark, is_store, open_store, read_manifest
 from xgen.data.writer import write_json
@@ -29,10 +29,11 @@ def open_sources(
 
     Raises `DataError` when a source is missing, or its tokenizer is not the recipe's.
     """
+    report = quietly if progress is None else progress
     places = {name: _place(name, given, base) for name, given in recipe.data.sources.items()}
     ready = {name: open_store(place) for name, place in places.items() if isinstance(place, Path)}
     raw = {name: place for name, place in places.items() if isinstance(place, _Raw)}
-    tokenizer = _tokenizer(recipe, base, work, ready, raw, progress)
+    tokenizer = _tokenizer(recipe, base, work, ready, raw, report)
     if tokenizer.size > recipe.model.vocab_size:
         raise DataError(
             f"tokenizer {tokenizer.name} has {tokenizer.size} ids and model.vocab_size is {recipe.model.vocab_size}; "
@@ -40,7 +41,7 @@ def open_sources(
         )
     for name, store in ready.items():
         _check_tokenizer(name, store, tokenizer, recipe.tokenizer.name)
-    made = {name: _prepared(name, texts, recipe, work, tokenizer, progress) for name, texts in raw.items()}
+    made = {name: _prepared(name, texts, recipe, work, tokenizer, report) for name, texts in raw.items()}
     return {name: (ready | made)[name] for name in recipe.data.sources}, tokenizer
 
 
@@ -74,7 +75,7 @@ def _tokenizer(
     work: Path,
     ready: Mapping[str, Store],
     raw: Mapping[str, _Raw],
-    progress: Progress | None,
+    report: Progress,
 ) -> Tokenizer:
     name = recipe.tokenizer.name
     if name == "store":
@@ -91,10 +92,10 @@ def _tokenizer(
             f"tokenizer.name is {name!r}, to be trained now, but source {next(iter(ready))!r} is a token store made "
             "with a tokenizer of its own; take that with tokenizer.name=store"
         )
-    return _trained(name, recipe, work, raw, progress)
+    return _trained(name, recipe, work, raw, report)
 
 
-def _trained(name: str, recipe: Recipe, work: Path, raw: Mapping[str, _Raw], progress: Progress | None) -> Tokenizer:
+def _trained(name: str, recipe: Recipe, work: Path, raw: Mapping[str, _Raw], report: Progress) -> Tokenizer:
     """The tokenizer trained on the raw sources, from `work` when it was trained on the same before."""
     corpora = [texts for _, texts in sorted(raw.items())]
     files = [texts.hashes() for texts in corpora]
@@ -103,8 +104,7 @@ def _trained(name: str, recipe: Recipe, work: Path, raw: Mapping[str, _Raw], pro
     record = work / "tokenizer.origin.json"
     if record.is_file() and (work / TOKENIZER).is_file() and json.loads(record.read_text()) == {"origin": key}:
         return load_tokenizer(str(work / TOKENIZER), recipe.tokenizer.end_of_text)
-    if progress is not None:
-        progress("training the tokenizer", 0.0)
+    report("training the tokenizer", 0.0)
     lists = [texts.files for texts in corpora]
     tokenizer = choose_tokenizer(name, lists, recipe.data.held_out, "stop", recipe.tokenizer.end_of_text)
     try:
@@ -114,8 +114,7 @@ def _trained(name: str, recipe: Recipe, work: Path, raw: Mapping[str, _Raw], pro
         write_json(record, {"origin": key})
     except OSError as cause:
         raise StorageError.writing(work, cause) from cause
-    if progress is not None:
-        progress("training the tokenizer", 1.0)
+    report("training the tokenizer", 1.0)
     return tokenizer
 
 
@@ -130,9 +129,7 @@ def _check_tokenizer(name: str, store: Store, tokenizer: Tokenizer, wanted: str)
         )
 
 
-def _prepared(
-    name: str, texts: _Raw, recipe: Recipe, work: Path, tokenizer: Tokenizer, progress: Progress | None
-) -> Store:
+def _prepared(name: str, texts: _Raw, recipe: Recipe, work: Path, tokenizer: Tokenizer, report: Progress) -> Store:
     """The store of a raw source in `work`, made unless it is there already."""
     place = work / name
     if is_store(place):
@@ -140,11 +137,13 @@ def _prepared(
             return open_store(place)
         shutil.rmtree(place)
 
-    def report(doing: str, fraction: float) -> None:
-        if progress is not None:
-            progress(f"{doing} {name}", fraction)
-
-    prepare([texts.source], place, tokenizer, held_out=recipe.data.held_out, progress=report)
+    prepare(
+        [texts.source],
+        place,
+        tokenizer,
+        held_out=recipe.data.held_out,
+        progress=lambda doing, fraction: report(f"{name}: {doing}", fraction),
+    )
     return open_store(place)
 
 

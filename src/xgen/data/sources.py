@@ -113,6 +113,11 @@ def read_file(file: TextFile, faults: Faults) -> Iterator[Document]:
         yield from _read_text(file, faults)
 
 
+def is_packed(file: TextFile) -> bool:
+    """Whether the file's bytes are other than its text's: compressed, or Parquet."""
+    return file.path.suffix.lower() in (*COMPRESSED_SUFFIXES, ".parquet")
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     def stop(cause: OSError) -> None:
         raise DataError(f"cannot read folder {cause.filename}: {cause.strerror}") from cause

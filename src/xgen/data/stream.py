@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from xgen.data.order import Integers, derive_key, document_order, permute
 from xgen.data.store import Split
 
-_EPOCHS_KEPT = 4
-"""Orders held in memory for each source: a batch touches two at most of a corpus larger than the batch."""
+_EPOCHS_KEPT = 2
+"""Orders held in memory for each source, 16 bytes a document: a batch at an epoch's end needs two."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,6 @@ class _Epoch:
     """[documents] the document at each rank"""
     starts: Integers
     """[documents + 1] where in the epoch each rank starts"""
-    stored: Integers
-    """[documents] where in the store each rank's document starts"""
 
 
 @dataclass(frozen=True)
@@ -105,10 +103,9 @@ class Stream:
         order = document_order(self.seed, self.name, epoch, self.split.documents)
         starts = np.zeros(len(order) + 1, np.int64)
         np.cumsum(np.diff(offsets)[order], out=starts[1:])
-        return _Epoch(order, starts, offsets[:-1][order])
+        return _Epoch(order, starts)
 
-    @staticmethod
-    def _cut(epoch: _Epoch, target: Integers, first: Integers, last: Integers) -> tuple[Integers, ...]:
+    def _cut(self, epoch: _Epoch, target: Integers, first: Integers, last: Integers) -> tuple[Integers, ...]:
         """Stretches first..last of an epoch, cut where documents meet: the columns of `Pieces`."""
         begin = np.searchsorted(epoch.starts, first, side="right") - 1
         end = np.searchsorted(epoch.starts, last, side="left")
@@ -118,4 +115,5 @@ class Stream:
         start = np.maximum(epoch.starts[rank], first[row])
         stop = np.minimum(epoch.starts[rank + 1], last[row])
         offset = start - epoch.starts[rank]
-        return target[row] + start - first[row], stop - start, epoch.stored[rank] + offset, epoch.order[rank], offset
+        document = epoch.order[rank]
+        return target[row] + start - first[row], stop - start, self.split.offsets[document] + offset, document, offset
