@@ -109,6 +109,14 @@ def test_documents_too_short_are_told_not_hidden():
     assert "1 of 2 documents" in result["notes"][0]
 
 
+def test_bins_by_position_are_half_open_and_reach_the_whole_window():
+    (curve,) = measure(("one", Scorer(lambda _document, _token, seen: seen)))["by_position"]
+    edges = [(row["from"], row["to"]) for row in curve["bins"]]
+    assert edges == [(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 129)]
+    assert all(row["from"] <= row["loss"] < row["to"] for row in curve["bins"])
+    assert sum(row["tokens"] for row in curve["bins"]) == sum(n - 255 for n in (700, 500, 400, 300))
+
+
 def test_the_result_is_plain_json():
     result = measure(("one", saturating(16)), ("two", saturating(64)), lengths=(300, 200))
     assert json.loads(json.dumps(result, allow_nan=False)) == result

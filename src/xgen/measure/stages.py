@@ -64,6 +64,7 @@ class Strided(TypedDict):
 Bin = TypedDict(
     "Bin", {"from": int, "to": int, "loss": float, "low": float | None, "high": float | None, "tokens": int}
 )
+"""Tokens predicted from at least `from` ids and fewer than `to`."""
 
 
 class ByPosition(TypedDict):
@@ -204,7 +205,16 @@ def _by_position(
         return []
     means = mean_interval(sums.loss[used], sums.tokens[used])
     bins = [
-        Bin({"from": first, "to": last, "loss": mean.value, "low": mean.low, "high": mean.high, "tokens": int(count)})
+        Bin(
+            {
+                "from": first,
+                "to": last + 1,
+                "loss": mean.value,
+                "low": mean.low,
+                "high": mean.high,
+                "tokens": int(count),
+            }
+        )
         for (first, last), mean, count in zip(
             windows.position_bins(length), means, sums.tokens.sum(0).tolist(), strict=True
         )
