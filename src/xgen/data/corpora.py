@@ -45,6 +45,19 @@ def open_sources(
     return {name: (ready | made)[name] for name in recipe.data.sources}, tokenizer
 
 
+def reopen_sources(recipe: Recipe, base: Path, work: Path) -> tuple[dict[str, Store], Tokenizer]:
+    """What `open_sources` opened before with the same `work`, from the stores alone: texts are not looked at,
+    and nothing is written. Raises `DataError` when a store is missing."""
+    stores = {}
+    for name, given in recipe.data.sources.items():
+        place = work / name if given.startswith(EMBEDDED) or not is_store(base / given) else base / given
+        stores[name] = open_store(place)
+    tokenizer = next(iter(stores.values())).tokenizer()
+    for name, store in stores.items():
+        _check_tokenizer(name, store, tokenizer, recipe.tokenizer.name)
+    return stores, tokenizer
+
+
 @dataclass(frozen=True)
 class _Raw:
     """A source of text, still to be made into a store."""
