@@ -73,7 +73,8 @@ def _fragment(draw: random.Random) -> str:
     if choice == 1:
         return _slice(draw, draw.choice(CODE))
     if choice == 2:
-        return draw.choice(" \t\n ") * draw.choice((*range(1, 13), 30, 31, 32, 33, 40, 62, 63, 95))
+        length: int = draw.choice((*range(1, 13), 30, 31, 32, 33, 40, 62, 63, 95))
+        return draw.choice(" \t\n ") * length
     if choice == 3:
         return "".join(draw.choices(WHITESPACE, weights=[9, 9, 4, *[1] * (len(WHITESPACE) - 3)], k=draw.randint(1, 12)))
     if choice == 4:

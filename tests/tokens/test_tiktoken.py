@@ -60,8 +60,11 @@ def test_equal_on_100_000_random_texts(xgen_tokenizer: Tokenizer, encoding: Any)
 
 @pytest.mark.slow
 def test_equal_around_every_character(xgen_tokenizer: Tokenizer, encoding: Any) -> None:
-    """Every code point beside a letter, a digit, a mark, itself and whitespace: both split with the same Unicode."""
-    codes = (code for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    """Each beside a letter, a digit, a mark, itself and whitespace: both split with the same version of Unicode.
+
+    Planes 4 to 13 are left out: nothing is assigned there.
+    """
+    codes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000), 0xF0000, 0x10FFFF]
     texts = [f"a{c}b {c}1{c}{c}. {c}! {c}  {c}a" for c in map(chr, codes)]
     for text, ids in zip(texts, xgen_tokenizer.encode_batch(texts), strict=True):
         assert ids == encoding.encode_ordinary(text), ascii(text)

@@ -238,6 +238,13 @@ class TestErrors:
         with pytest.raises(DataError, match=r"'<\|endoftext\|>'.*tokenizer\.end_of_text.*</s>"):
             load(foreign("merged"), tmp_path)
 
+    def test_of_many_control_tokens_the_likely_ones_come_first(self, tmp_path: Path) -> None:
+        names = [*(f"<reserved_{place}>" for place in range(20)), "<|eot_id|>"]
+        letters = {c: place for place, c in enumerate(ALPHABET.values())}
+        vocab = letters | {token: 256 + place for place, token in enumerate(names)}
+        with pytest.raises(DataError, match=r"tokens: <\|eot_id\|>, <reserved_0>, .* and 9 more"):
+            load(byte_level_document(vocab, [], names), tmp_path)
+
     @pytest.mark.parametrize(
         "content",
         [

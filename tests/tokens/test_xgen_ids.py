@@ -34,6 +34,12 @@ def test_the_shipped_vocabulary_is_the_one_openai_published(name: str) -> None:
     assert hashlib.sha256((files("xgen.tokens") / "gpt2" / name).read_bytes()).hexdigest() == PINNED[name]
 
 
+def test_its_licence_and_hashes_travel_beside_it() -> None:
+    folder = files("xgen.tokens") / "gpt2"
+    assert "MIT License" in (folder / "LICENSE-tiktoken.txt").read_text(encoding="utf-8")
+    assert all(digest in (folder / "README.md").read_text(encoding="utf-8") for digest in PINNED.values())
+
+
 def test_every_id_stands_for_what_xgen_published(xgen_tokenizer: Tokenizer) -> None:
     assert xgen_tokenizer.size == 50313
     assert xgen_tokenizer.end_of_text == 50256

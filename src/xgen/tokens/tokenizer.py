@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -35,6 +36,9 @@ PART = 1 << 15
 
 GROUP = 1 << 21
 """Characters encoded at once: the tokenizers library holds about 120 bytes for each, so about 250 MB."""
+
+LISTED = 12
+"""Control tokens that an error lists; some vocabularies hold hundreds."""
 
 
 class Tokenizer:
@@ -272,8 +276,11 @@ def _to_128(rows: int) -> int:
 
 
 def _no_end_of_text(document: dict[str, Any], name: str, end_of_text: str) -> str:
-    candidates = ", ".join(control_tokens(document)) or "none"
+    # What vocabularies call such a token: </s>, <eos>, <|eot_id|>, <|end_of_text|>, [SEP]. Those are listed first.
+    found = sorted(control_tokens(document), key=lambda token: not re.search(r"(?i)/s>|eos|eot|end|sep", token))
+    shown = ", ".join(found[:LISTED]) or "none"
+    more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
     return (
         f"tokenizer {name} has no control token {end_of_text!r} to end documents with; "
-        f"set tokenizer.end_of_text to one of its control tokens: {candidates}"
+        f"set tokenizer.end_of_text to one of its control tokens: {shown}{more}"
     )
