@@ -25,11 +25,14 @@ def list_(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json
     if not (run / CHECKPOINTS).is_dir():
         raise CheckpointError(f"{run} has no checkpoints folder; give a run's folder")
     found = list_checkpoints(run / CHECKPOINTS)
-    rows = [{"path": str(c.path), "tokens": c.tokens, "step": c.step, "stage": c.stage, "bytes": c.bytes} for c in found]
+    rows = [
+        {"path": str(c.path), "tokens": c.tokens, "step": c.step, "stage": c.stage, "bytes": c.bytes} for c in found
+    ]
     write_json(rows, json)
     if json != "-":
         for c in found:
-            typer.echo(f"{c.tokens:>18,} tokens  step {c.step:<8,} {c.bytes / 1e6:>10,.1f} MB  {c.path.name}  {c.stage and 'ends stage ' + c.stage}")
+            end = f"ends stage {c.stage}" if c.stage else ""
+            typer.echo(f"{c.tokens:>18,} tokens  step {c.step:<8,} {c.bytes / 1e6:>10,.1f} MB  {c.path.name}  {end}")
 
 
 @checkpoint_app.command()

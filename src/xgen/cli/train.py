@@ -12,14 +12,20 @@ from xgen.errors import RecipeError
 
 
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe (see `xgen recipe list`) or a .toml file.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change: key=value, as optimizer.clip=0.5.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A shipped recipe (see `xgen recipe list`) or a .toml file.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Values to change: key=value, as optimizer.clip=0.5.")
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run; must not hold one yet.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Train on this instead of the recipe's sources: a token store, or a file or folder of text; "
-                     "NAME=PATH to name it. May be repeated."),
+        typer.Option(
+            help="Train on this instead of the recipe's sources: a token store, or a file or folder of text; "
+            "NAME=PATH to name it. May be repeated."
+        ),
     ] = None,
     json: Annotated[str | None, typer.Option(help='Write the result as JSON to this file; "-" prints it.')] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
@@ -40,7 +46,9 @@ def train(
             found = api.resume(resume, overrides=wanted, display=display)
     else:
         if recipe is None or run is None:
-            raise RecipeError("say what to train and where: `xgen train RECIPE --run DIR`, or `xgen train --resume DIR`")
+            raise RecipeError(
+                "say what to train and where: `xgen train RECIPE --run DIR`, or `xgen train --resume DIR`"
+            )
         loaded = api.load(recipe, [*api.sources_override(data or []), *(overrides or [])])
         with Progress(loaded.total_tokens, quiet=quiet or json == "-") as display:
             found = api.train(loaded, run=run, display=display)

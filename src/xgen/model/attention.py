@@ -70,7 +70,9 @@ BACKENDS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
 
 def _to_rows(x: Float[Array, "B S H E"], kv_heads: int) -> Float[Array, "B*K G S E"]:
     b, s, h, e = x.shape
-    return x.reshape(b, s, kv_heads, h // kv_heads, e).transpose(0, 2, 3, 1, 4).reshape(b * kv_heads, h // kv_heads, s, e)
+    return (
+        x.reshape(b, s, kv_heads, h // kv_heads, e).transpose(0, 2, 3, 1, 4).reshape(b * kv_heads, h // kv_heads, s, e)
+    )
 
 
 def _over_rows(function: Callable[..., tuple[Array, ...]], length: int) -> Callable[..., tuple[Array, ...]]:

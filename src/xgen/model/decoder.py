@@ -128,9 +128,7 @@ def logits(
     return masked_logits(forward(weights, spec, ids, segments, positions), head_of(weights), spec.real_vocab)
 
 
-def last_logits(
-    weights: Weights, spec: Spec, ids: Int[Array, "B S"], length: Int[Array, ""]
-) -> Float[Array, "B V"]:
+def last_logits(weights: Weights, spec: Spec, ids: Int[Array, "B S"], length: Int[Array, ""]) -> Float[Array, "B V"]:
     """Logits of the token after the first `length` of each row; what stands past them is not looked at."""
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     x = forward(weights, spec, ids, jnp.zeros_like(ids), positions)

@@ -25,9 +25,10 @@ def token_nll(
     """Negative log-likelihood of each target in nats, padding rows of the vocabulary masked."""
     narrow = head.astype(x.dtype)
 
-    def chunk(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
-        scores = _masked_logits(part[0], narrow, real_vocab)
-        return None, jax.nn.logsumexp(scores, axis=-1) - _picked(scores, part[1])
+    def chunk(_: None, part: tuple[Array, ...]) -> tuple[None, Array]:
+        rows, target = part
+        scores = _masked_logits(rows, narrow, real_vocab)
+        return None, jax.nn.logsumexp(scores, axis=-1) - _picked(scores, target)
 
     _, nll = jax.lax.scan(chunk, None, _chunks((x, targets), head.shape[1]))
     return nll.reshape(-1)[: x.shape[0]]
@@ -56,7 +57,7 @@ def _loss_forward(
     narrow = head.astype(x.dtype)
     wide = accumulator(x.dtype)
 
-    def chunk(head_gradient: Array, part: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
+    def chunk(head_gradient: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         rows, target, weight = part
         scores = _masked_logits(rows, narrow, real_vocab)
         lse = jax.nn.logsumexp(scores, axis=-1)

@@ -34,6 +34,7 @@ def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 def _yarn(plain: np.ndarray, scaling: RopeScaling, model: Model) -> np.ndarray:
     """YaRN (Peng et al. 2023, section 3.2) with its published bounds of 32 and 1 turns, blended by plane index."""
+
     def plane(turns: float) -> float:
         wavelengths = scaling.original_length / (turns * 2 * math.pi)
         return model.head_size * math.log(wavelengths) / (2 * math.log(model.rope_theta))

@@ -10,13 +10,16 @@ from xgen.errors import RecipeError
 from xgen.recipe.schema import Compute, Model, Recipe
 
 
+_DEFAULT = Compute()
+
+
 @dataclass(frozen=True)
 class Spec:
     """A decoder's shape, how it is computed, and how many rows of the vocabulary are real tokens."""
 
     model: Model
     real_vocab: int
-    compute: Compute = Compute()
+    compute: Compute = _DEFAULT
 
     def __post_init__(self) -> None:
         if not 0 < self.real_vocab <= self.model.vocab_size:

@@ -102,24 +102,64 @@ _HF = "model.layers.{layer}."
 _GG = "blk.{layer}."
 WEIGHTS: tuple[Weight, ...] = (
     Weight("embedding", ("vocab", "embed"), "embedding", "model.embed_tokens.weight", "token_embd.weight"),
-    Weight("block.attention_norm", ("layer", "embed"), "ones", _HF + "input_layernorm.weight", _GG + "attn_norm.weight"),
     Weight(
-        "block.attention_norm_bias", ("layer", "embed"), "zeros",
-        _HF + "input_layernorm.bias", _GG + "attn_norm.bias", _layer_norm,
-    ),
-    Weight("block.query", ("layer", "embed", "heads", "head"), "input", _HF + "self_attn.q_proj.weight", _GG + "attn_q.weight"),
-    Weight("block.key", ("layer", "embed", "kv_heads", "head"), "input", _HF + "self_attn.k_proj.weight", _GG + "attn_k.weight"),
-    Weight("block.value", ("layer", "embed", "kv_heads", "head"), "input", _HF + "self_attn.v_proj.weight", _GG + "attn_v.weight"),
-    Weight("block.output", ("layer", "heads", "head", "embed"), "output", _HF + "self_attn.o_proj.weight", _GG + "attn_output.weight"),
-    Weight(
-        "block.mlp_norm", ("layer", "embed"), "ones",
-        _HF + "post_attention_layernorm.weight", _GG + "ffn_norm.weight", _sequential,
+        "block.attention_norm", ("layer", "embed"), "ones", _HF + "input_layernorm.weight", _GG + "attn_norm.weight"
     ),
     Weight(
-        "block.mlp_norm_bias", ("layer", "embed"), "zeros",
-        _HF + "post_attention_layernorm.bias", _GG + "ffn_norm.bias", lambda spec: _layer_norm(spec) and _sequential(spec),
+        "block.attention_norm_bias",
+        ("layer", "embed"),
+        "zeros",
+        _HF + "input_layernorm.bias",
+        _GG + "attn_norm.bias",
+        _layer_norm,
     ),
-    Weight("block.gate", ("layer", "embed", "mlp"), "input", _HF + "mlp.gate_proj.weight", _GG + "ffn_gate.weight", _gated),
+    Weight(
+        "block.query",
+        ("layer", "embed", "heads", "head"),
+        "input",
+        _HF + "self_attn.q_proj.weight",
+        _GG + "attn_q.weight",
+    ),
+    Weight(
+        "block.key",
+        ("layer", "embed", "kv_heads", "head"),
+        "input",
+        _HF + "self_attn.k_proj.weight",
+        _GG + "attn_k.weight",
+    ),
+    Weight(
+        "block.value",
+        ("layer", "embed", "kv_heads", "head"),
+        "input",
+        _HF + "self_attn.v_proj.weight",
+        _GG + "attn_v.weight",
+    ),
+    Weight(
+        "block.output",
+        ("layer", "heads", "head", "embed"),
+        "output",
+        _HF + "self_attn.o_proj.weight",
+        _GG + "attn_output.weight",
+    ),
+    Weight(
+        "block.mlp_norm",
+        ("layer", "embed"),
+        "ones",
+        _HF + "post_attention_layernorm.weight",
+        _GG + "ffn_norm.weight",
+        _sequential,
+    ),
+    Weight(
+        "block.mlp_norm_bias",
+        ("layer", "embed"),
+        "zeros",
+        _HF + "post_attention_layernorm.bias",
+        _GG + "ffn_norm.bias",
+        lambda spec: _layer_norm(spec) and _sequential(spec),
+    ),
+    Weight(
+        "block.gate", ("layer", "embed", "mlp"), "input", _HF + "mlp.gate_proj.weight", _GG + "ffn_gate.weight", _gated
+    ),
     Weight("block.up", ("layer", "embed", "mlp"), "input", _HF + "mlp.up_proj.weight", _GG + "ffn_up.weight"),
     Weight("block.down", ("layer", "mlp", "embed"), "output", _HF + "mlp.down_proj.weight", _GG + "ffn_down.weight"),
     Weight("final_norm", ("embed",), "ones", "model.norm.weight", "output_norm.weight"),

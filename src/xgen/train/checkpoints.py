@@ -90,7 +90,7 @@ def newest_whole(folder: Path, report: Callable[[str], None]) -> Checkpoint | No
         aside = path.with_suffix(".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-        report(f"checkpoint {path} is damaged: {'; '.join(wrong)}; set aside as {aside.name}, the one before it is used")
+        report(f"checkpoint {path} is damaged: {'; '.join(wrong)}; set aside as {aside.name}; the one before is used")
     return None
 
 
@@ -138,7 +138,7 @@ def weights_sha256(weights: Weights) -> str:
     for name, array in as_dict(weights).items():
         values = np.asarray(array, dtype="<f4")
         digest.update(f"{name} {values.shape}\n".encode())
-        digest.update(np.ascontiguousarray(values))
+        digest.update(values.tobytes())
     return digest.hexdigest()
 
 
@@ -150,7 +150,7 @@ def stored_weights_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     for name in shapes:
         digest.update(f"{name} {tuple(shapes[name])}\n".encode())
-        digest.update(np.ascontiguousarray(arrays[name], dtype="<f4"))
+        digest.update(np.asarray(arrays[name], dtype="<f4").tobytes())
     return digest.hexdigest()
 
 
@@ -285,4 +285,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xgen.data.prefetch import prefetch
@@ -20,7 +20,7 @@ from xgen.train.hardware import memory_limit, peak_flops
 from xgen.train.run import Clock, Run
 from xgen.train.schedule import learning_rate
 from xgen.train.signals import Signals
-from xgen.train.step import Metrics, State, StepFunction, Tokens, make_step, mean_loss_by_position
+from xgen.train.step import Metrics, State, StepFunction, Tokens, compile_step, mean_loss_by_position
 
 _NAMED_DOCUMENTS = 12
 
@@ -57,12 +57,9 @@ def compile_stage(run: Run, index: int, state: State) -> tuple[StepFunction, flo
     """The stage's compiled step and the seconds it took. Raises RecipeError when it cannot fit in memory."""
     stage = run.recipe.stages[index]
     begin = time.perf_counter()
-    tokens = jax.ShapeDtypeStruct((stage.sequences, stage.length), np.int32)
-    rate = jax.ShapeDtypeStruct((), np.float32)
-    step = make_step(run.spec, stage, run.recipe.optimizer, run.transformation)
-    compiled = step.lower(state, Tokens(tokens, tokens, tokens, tokens), rate).compile()
+    compiled = compile_step(run.spec, stage, run.recipe.optimizer, run.transformation, state)
     memory = compiled.memory_analysis()
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
     if needed > memory_limit():
         raise RecipeError(
             f"stage {stage.name!r}: a step at length {stage.length} needs {needed / 2**30:.1f} GiB, and there are "
@@ -90,10 +87,9 @@ class _Session:
             facts = {"stage": stage.name, "length": stage.length, "stage_tokens": stage.spent}
             self._event("stage_started", compile_seconds=compile_seconds, **facts)
         positions = range(self.clock.tokens, end, stage.batch_tokens)
-        with closing(prefetch(self.run.reader, positions)) as batches:
-            for batch in batches:
-                state = self._step(step, state, batch)
-                self._after_step(state, stage.name, stage.length, ends=self.clock.tokens == end)
+        for batch in prefetch(self.run.reader, positions):
+            state = self._step(step, state, batch)
+            self._after_step(state, stage.name, stage.length, ends=self.clock.tokens == end)
         return state
 
     def _step(self, step: StepFunction, state: State, batch: Batch) -> State:
@@ -101,7 +97,7 @@ class _Session:
         stage = self.run.recipe.stages[batch.stage]
         begin = time.perf_counter()
         rate = learning_rate(self.run.recipe, batch.position)
-        tokens = Tokens(batch.ids, batch.targets, batch.segments, batch.positions)
+        tokens = Tokens(*map(jnp.asarray, (batch.ids, batch.targets, batch.segments, batch.positions)))
         state, metrics = step(state, tokens, np.float32(rate))
         metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - begin
@@ -151,7 +147,9 @@ class _Session:
         begin = time.perf_counter()
         found = evaluate(state.weights, self.run.spec, self.held_out, length, self.run.tokenizer.byte_lengths)
         self.display.evaluation(found.loss)
-        self._event("evaluation", length=length, **vars(found), seconds=time.perf_counter() - begin)
+        facts = {"loss": found.loss, "loss_by_position": found.loss_by_position, "documents": found.documents}
+        seconds = time.perf_counter() - begin
+        self._event("evaluation", length=length, held_out_tokens=found.tokens, **facts, seconds=seconds)
         for document in self.held_out.documents[: self.run.recipe.evaluation.samples]:
             prompt, text = write_sample(state.weights, self.run.spec, self.run.tokenizer, document, self.clock.tokens)
             self._event("sample", prompt=prompt, text=text, document=document.name)

@@ -155,6 +155,7 @@ def _assemble(recipe: Recipe, folder: Path, stores: Mapping[str, Store], tokeniz
 
 def _rooted(recipe: Recipe, base: Path) -> Recipe:
     """The recipe with absolute paths, so that it can be resumed from any folder."""
+
     def root(name: str) -> str:
         place = base / name
         return str(place.absolute()) if ":" not in name and place.exists() else name
@@ -174,7 +175,7 @@ def _check_sources(folder: Path, stores: Mapping[str, Store]) -> None:
     try:
         before = json.loads((folder / SOURCES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as cause:
-        raise DataError(f"{folder / SOURCES} cannot be read ({cause}); without it a resume may meet other text") from cause
+        raise DataError(f"cannot read {folder / SOURCES} ({cause}); without it a resume may meet other text") from cause
     for name, store in stores.items():
         if before.get(name) != store.fingerprint:
             raise DataError(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.stages import Compiled
 from jaxtyping import Array, Bool, Float, Int
 
 from xgen.model import Spec, Weights, objective
@@ -48,7 +49,10 @@ class Metrics(NamedTuple):
     bin_tokens: Float[Array, " bins"]
 
 
-StepFunction = Callable[[State, Tokens, Float[Array, ""]], tuple[State, Metrics]]
+class StepFunction(Protocol):
+    """A step ready to run, as compiled: (state, batch, learning rate) -> (state, metrics)."""
+
+    def __call__(self, state: State, batch: Tokens, rate: np.float32, /) -> tuple[State, Metrics]: ...
 
 
 def position_bins(length: int) -> int:
@@ -57,10 +61,12 @@ def position_bins(length: int) -> int:
     return max((length - 1).bit_length(), 1)
 
 
-def make_step(
-    spec: Spec, stage: Stage, optimizer: Optimizer, transformation: optax.GradientTransformation
-) -> StepFunction:
-    """The stage's step: (state, batch, learning rate) -> (state, metrics). The state given is consumed.
+def compile_step(
+    spec: Spec, stage: Stage, optimizer: Optimizer, transformation: optax.GradientTransformation, state: State
+) -> Compiled:
+    """The stage's step, compiled ahead of time for states like `state`; call it as a `StepFunction`.
+
+    (state, batch, learning rate) -> (state, metrics); the state given is consumed.
 
     The batch is cut into microbatches whose float32 gradients are added; each token counts once over the tokens of the
     whole batch. When the loss or the gradient is not finite, the state comes back as it was.
@@ -78,7 +84,10 @@ def make_step(
         update_norm, param_norm = optax.global_norm(updates), optax.global_norm(kept.weights)
         return kept, Metrics(per_token.mean(), grad_norm, update_norm, param_norm, finite, *bins)
 
-    return jax.jit(step, donate_argnums=0)
+    tokens = jax.ShapeDtypeStruct((stage.sequences, stage.length), np.int32)
+    rate = jax.ShapeDtypeStruct((), np.float32)
+    batch = Tokens(*[tokens] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
+    return jax.jit(step, donate_argnums=0).lower(state, batch, rate).compile()
 
 
 def _gradients(
