@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plain_bpe
 import pytest
 import tokenizers
 from hypothesis import given
@@ -164,6 +165,11 @@ class TestBatches:
             parts = list(cut(text, 1))
             assert "".join(parts) == text
             assert [i for part in parts for i in xgen_tokenizer.encode(part)] == xgen_tokenizer.encode(text)
+
+    def test_every_cut_lies_between_pieces(self) -> None:
+        """Also in vocabularies that hold merges which GPT-2's lacks. U+001C is whitespace to Python, not to the split."""
+        for text in ("a!\x1c b.\x1f\nc \x1d", *random_texts(500, seed=13)):
+            assert [piece for part in cut(text, 1) for piece in plain_bpe.split(part)] == plain_bpe.split(text)
 
     def test_half_a_surrogate_pair_is_an_error(self, xgen_tokenizer: Tokenizer) -> None:
         for control in (False, True):
