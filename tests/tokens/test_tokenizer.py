@@ -167,7 +167,7 @@ class TestBatches:
             assert [i for part in parts for i in xgen_tokenizer.encode(part)] == xgen_tokenizer.encode(text)
 
     def test_every_cut_lies_between_pieces(self) -> None:
-        """Also in vocabularies that hold merges which GPT-2's lacks. U+001C is whitespace to Python, not to the split."""
+        """Also where a vocabulary has merges that GPT-2's lacks. U+001C is whitespace to Python, not to the split."""
         for text in ("a!\x1c b.\x1f\nc \x1d", *random_texts(500, seed=13)):
             assert [piece for part in cut(text, 1) for piece in plain_bpe.split(part)] == plain_bpe.split(text)
 
