@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from xgen.errors import RecipeError
 from xgen.recipe.schema import Compute, Model, Recipe
 
-
 _DEFAULT = Compute()
 
 

@@ -96,7 +96,7 @@ class _Session:
         """One step and its line."""
         stage = self.run.recipe.stages[batch.stage]
         begin = time.perf_counter()
-        rate = learning_rate(self.run.recipe, batch.position)
+        rate = learning_rate(self.run.recipe, batch.position + stage.batch_tokens)
         tokens = Tokens(*map(jnp.asarray, (batch.ids, batch.targets, batch.segments, batch.positions)))
         state, metrics = step(state, tokens, np.float32(rate))
         metrics = jax.device_get(metrics)

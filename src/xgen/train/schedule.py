@@ -8,16 +8,15 @@ from xgen.recipe.schema import Recipe
 
 
 def learning_rate(recipe: Recipe, tokens: int) -> float:
-    """Rate of the step that starts after `tokens` tokens: linear warm-up to the peak over `optimizer.warmup`
-    tokens, then half a cosine down to `final_fraction` of it at the run's last token.
+    """Rate at `tokens` of the run: linear from 0 to the peak over `optimizer.warmup` tokens, then half a cosine down
+    to `final_fraction` of the peak at the run's last token.
 
-    The warm-up is counted to the step's end, so that the first step already learns.
+    A step takes the rate at its end: the first one already learns, and the last one has the final rate. Length, batch
+    and stage do not enter.
     """
     optimizer = recipe.optimizer
-    batch = recipe.stages[recipe.stage_at(tokens)].batch_tokens
-    if tokens + batch <= optimizer.warmup:
-        return optimizer.learning_rate * (tokens + batch) / optimizer.warmup
+    if tokens < optimizer.warmup:
+        return optimizer.learning_rate * tokens / optimizer.warmup
     done = (tokens - optimizer.warmup) / max(recipe.total_tokens - optimizer.warmup, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
-    floor = optimizer.final_fraction
-    return optimizer.learning_rate * (floor + (1 - floor) * cosine)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return optimizer.learning_rate * (optimizer.final_fraction + (1 - optimizer.final_fraction) * cosine)
