@@ -1,0 +1,19 @@
+# One command for everything: `make check`. PYTHON may name another interpreter.
+PYTHON ?= python3
+
+.PHONY: check lint types test slow golden
+
+check: lint types test
+
+lint:
+	$(PYTHON) -m ruff check src tests benchmarks
+	$(PYTHON) -m ruff format --check src tests benchmarks
+
+types:
+	$(PYTHON) -m mypy
+
+test:
+	$(PYTHON) -m pytest -m "not slow and not oracle and not browser"
+
+slow:
+	$(PYTHON) -m pytest -m "slow or oracle or browser"
