@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import lcm
 
 from xgen.recipe.draft import Origin
-from xgen.recipe.schema import Mesh, Model, Recipe, Stage
+from xgen.recipe.keys import quote_key
+from xgen.recipe.schema import Mesh, Model, Recipe
 from xgen.recipe.units import format_length, format_tokens
 from xgen.recipe.values import Problem
 
 XGEN_IDS = 50_313
 """Real ids of XGen's tokenizer."""
+
+SMALLEST_SHARE = 2.0**-32
+"""Of a mixture: the resolution in which sequences are dealt out to sources."""
 
 LONGEST_CONTEXT = 8
 """Evaluation may look past the last stage's length, to show how a model fails there, up to this many times it."""
@@ -74,7 +79,7 @@ def _check_stages(recipe: Recipe, origins: Mapping[str, Origin]) -> Iterator[Pro
         if stage.name in names[:index]:
             text = f"{stage.name!r} is also the name of stage {names.index(stage.name)}; give each stage its own"
             yield Problem(f"{path}.name", text)
-        yield from _check_batch(path, stage, origins)
+        yield from _check_batch(index, recipe, origins)
         yield from _check_mixture(index, recipe, origins)
         if any(origins[f"{path}.mesh.{axis}"].kind != "derived" for axis in Mesh.model_fields):
             yield from _check_mesh(f"{path}.mesh", stage.mesh, recipe.model)
@@ -84,18 +89,30 @@ def _check_stages(recipe: Recipe, origins: Mapping[str, Origin]) -> Iterator[Pro
             yield Problem(f"{path}.mesh.context", f"{text}{format_length(stage.length)}; use {fitting}")
 
 
-def _check_batch(path: str, stage: Stage, origins: Mapping[str, Origin]) -> Iterator[Problem]:
+def _check_batch(index: int, recipe: Recipe, origins: Mapping[str, Origin]) -> Iterator[Problem]:
+    path, stage = f"stages.{index}", recipe.stages[index]
     length, batch, micro = stage.length, stage.batch_tokens, stage.microbatch_tokens
+    first, last = _same_batch(index, recipe, origins)
+    if any(batch % earlier.length for earlier in recipe.stages[first:index]):
+        return  # told of the stage that this batch was taken over from
     if batch % length:
-        below = batch // length * length
-        fitting = _either([format_length(size) for size in (below, below + length) if size])
+        fits = length if index > first else lcm(*(later.length for later in recipe.stages[first:last]))
+        below = batch // fits * fits
+        sizes = _either([format_length(size) for size in (below, below + fits) if size])
         text = f"{format_length(batch)}{_came(origins, f'{path}.batch_tokens')} is not a multiple of "
-        yield Problem(f"{path}.batch_tokens", f"{text}{path}.length {format_length(length)}; use {fitting}")
+        yield Problem(f"{path}.batch_tokens", f"{text}{path}.length {format_length(length)}; use {sizes}")
     elif micro % length or batch % micro:
-        sizes = [length * sequences for sequences in _divisors(batch // length)]
+        fitting = [length * sequences for sequences in _divisors(batch // length)]
         text = f"{format_length(micro)} is not whole sequences of {format_length(length)} that divide the batch of "
-        fitting = _near(micro, sizes, written=format_length)
-        yield Problem(f"{path}.microbatch_tokens", f"{text}{format_length(batch)}; use {fitting}")
+        sizes = _near(micro, fitting, written=format_length)
+        yield Problem(f"{path}.microbatch_tokens", f"{text}{format_length(batch)}; use {sizes}")
+
+
+def _same_batch(index: int, recipe: Recipe, origins: Mapping[str, Origin]) -> tuple[int, int]:
+    """The stages from the first, which states a batch, up to the last (not included), that take it over."""
+    states = [origins[f"stages.{number}.batch_tokens"].kind != "derived" for number in range(len(recipe.stages))]
+    first = max(number for number in range(index + 1) if states[number])
+    return first, next((number for number in range(first + 1, len(states)) if states[number]), len(states))
 
 
 def _check_mixture(index: int, recipe: Recipe, origins: Mapping[str, Origin]) -> Iterator[Problem]:
@@ -106,10 +123,16 @@ def _check_mixture(index: int, recipe: Recipe, origins: Mapping[str, Origin]) ->
         return
     if not mixture and (index == 0 or recipe.stages[index - 1].mixture):  # a stage that takes over {} is not at fault
         yield Problem(path, f"is empty; give weights to some of the sources {sources}, or leave it out")
-    for name in mixture:
-        if name not in recipe.data.sources and origins[f"{path}.{name}"].kind != "derived":
+    total = sum(mixture.values())
+    for name, weight in mixture.items():
+        place = f"{path}.{quote_key(name)}"
+        if origins[place].kind == "derived":
+            continue  # told of the stage that states it
+        if weight < SMALLEST_SHARE * total:
+            yield Problem(place, f"{weight:g} is less than 2**-32 of the mixture; take the source out")
+        if name not in recipe.data.sources:
             text = f"there is no source {name!r}; the sources are {sources}; set {path} or data.sources.{name}"
-            yield Problem(f"{path}.{name}", text)
+            yield Problem(place, text)
 
 
 def _check_schedule(recipe: Recipe) -> Iterator[Problem]:

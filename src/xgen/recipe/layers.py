@@ -109,8 +109,9 @@ def _find(wanted: str, folder: Path | None) -> tuple[str, Any]:
         raise RecipeError(f"folder {path} holds no recipe.toml; name a file, a run folder or one of {_shipped()}")
     if path.suffix == ".toml" or path.name != wanted:
         raise RecipeError(f"there is no recipe file {path}; name a file that exists or one of {_shipped()}")
-    near = difflib.get_close_matches(wanted, shipped_recipes(), n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    longer = [name for name in shipped_recipes() if wanted and name.startswith(wanted)]
+    near = longer or difflib.get_close_matches(wanted, shipped_recipes(), n=1)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise RecipeError(f"there is no recipe {wanted!r}; {hint}shipped are {_shipped()}; a file of yours ends in .toml")
 
 
@@ -181,9 +182,11 @@ def _override(draft: Draft, text: str, path: drafts.Path, value: Any) -> None:
     if path[0] == EXTENDS:
         raise RecipeError(f"override {text!r}: extends belongs in a recipe file; name that recipe instead of this one")
     if path[-2:-1] == ("mixture",) and not draft.has(path[:-1]):
+        sources = draft.get(("data", "sources")) if draft.has(("data", "sources")) else ()
+        whole = ", ".join(f"{name} = 1" for name in dict.fromkeys([*sources, path[-1]]))
         raise RecipeError(
             f"override {text!r}: {join(path[:-2])} states no mixture of which one weight could change; "
-            f"give it whole, as in {join(path[:-1])}='{{ {path[-1]} = 1, other = 3 }}'"
+            f"give it whole, as in {join(path[:-1])}='{{ {whole} }}'"
         )
     try:
         if path[0] == NOTES:
