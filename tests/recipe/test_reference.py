@@ -1,5 +1,6 @@
 """The reference page speaks of every key."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ def rows() -> dict[str, list[str]]:
     """The cells of the page's table rows whose first cell is code, by that code."""
     found: dict[str, list[str]] = {}
     for line in PAGE.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))]
         if line.startswith("| `"):
             assert cells[0].strip("`") not in found, f"two rows for {cells[0]}"
             found[cells[0].strip("`")] = cells[1:]

@@ -22,7 +22,7 @@ Length = Annotated[int, BeforeValidator(parse_length), Field(gt=0)]
 SHORTEST_LENGTH = 8
 """No stage is shorter: below it there is no room for an eighth, a quarter and a half of the length."""
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _BPE_NAME = re.compile(r"bpe:([0-9]+)")
 _SMALLEST_BPE = 257
 """Every byte, and the end of text."""
