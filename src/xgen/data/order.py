@@ -76,13 +76,13 @@ def _feistel(cells: _Words, side: np.uint64, key: int) -> _Words:
 
 def _fractions(weights: Sequence[float]) -> list[int]:
     """For each source its share of what the sources before it leave, in units of 2**-32."""
-    fractions = []
-    for position, weight in enumerate(weights):
-        fraction = round(weight / math.fsum(weights[position:]) * (1 << _SHARE_BITS))
-        if fraction == 0:
+    total = math.fsum(weights)
+    for weight in weights:
+        if weight * (1 << _SHARE_BITS) < total:
             raise DataError(f"mixture weight {weight:g} is less than 2**-32 of the mixture; leave the source out")
-        fractions.append(fraction)
-    return fractions
+    return [
+        round(weight / math.fsum(weights[position:]) * (1 << _SHARE_BITS)) for position, weight in enumerate(weights)
+    ]
 
 
 def _taken(index: _Words, fraction: int) -> _Words:

@@ -7,6 +7,7 @@ file is one. All but Parquet may be compressed: `.gz`, `.xz`, `.zst`. Hidden fil
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
 import os
@@ -158,7 +159,7 @@ def _opened(path: Path) -> IO[bytes]:
         case ".xz":
             return cast(IO[bytes], lzma.open(path, "rb"))
         case ".zst":
-            return cast(IO[bytes], _pyarrow(path).input_stream(str(path), compression="zstd"))
+            return io.BufferedReader(_pyarrow(path).input_stream(str(path), compression="zstd"))
         case _:
             return path.open("rb")
 
