@@ -112,3 +112,16 @@ def test_an_override_of_a_table_replaces_it(tmp_path: Path) -> None:
     resolved = load_recipe(source, ["stages.0.mixture={ a = 1, b = 2 }", "stages.0.mixture={ a = 5 }"])
     assert resolved.recipe.stages[0].mixture == {"a": 5.0}
     assert "stages.0.mixture.b" not in resolved.origins
+
+
+@pytest.mark.parametrize("override", ["data.sources.a=elsewhere", "data.sources={ c = 'x' }", "data.sources.c=x"])
+def test_a_note_of_a_table_goes_when_one_of_its_values_changes(tmp_path: Path, override: str) -> None:
+    source = write(tmp_path, SMALLEST + '[notes]\n"data.sources" = "of a certain library"\n')
+    assert load_recipe(source).recipe.notes
+    assert load_recipe(source, [override]).recipe.notes == {}
+
+
+def test_a_note_of_a_value_goes_when_its_table_is_replaced(tmp_path: Path) -> None:
+    source = write(tmp_path, SMALLEST + '[notes]\n"data.sources.a" = "of a certain library"\n')
+    assert load_recipe(source, ["data.sources={ a = 'x' }"]).recipe.notes == {}
+    assert load_recipe(source, ["data.sources.b=x"]).recipe.notes

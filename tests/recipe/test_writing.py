@@ -76,3 +76,10 @@ def test_a_stage_more_is_a_change_of_all_its_keys(tmp_path: Path) -> None:
 def test_any_value_changes_the_hash(tmp_path: Path, override: str) -> None:
     source = write(tmp_path, SMALLEST)
     assert recipe_hash(load_recipe(source).recipe) != recipe_hash(load_recipe(source, [override]).recipe)
+
+
+def test_the_order_of_names_changes_neither_hash_nor_keys(tmp_path: Path) -> None:
+    one = load_recipe(write(tmp_path, SMALLEST), ["data.sources={ a = 'x', b = 'y' }"]).recipe
+    other = load_recipe(write(tmp_path, SMALLEST), ["data.sources={ b = 'y', a = 'x' }"]).recipe
+    assert recipe_hash(one) == recipe_hash(other)
+    assert changed_keys(one, other) == []
