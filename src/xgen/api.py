@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,14 +60,16 @@ def train(
     `recipe` is a shipped name, a file or a `Recipe`; `overrides` are "key=value" as on the command line. Returns the
     result (docs/reference/run-folder.md lists its keys). Raises the errors of `xgen.errors`.
     """
+    from xgen.train.hardware import use_compilation_cache
     from xgen.train.run import Clock, create, first_state
     from xgen.train.signals import Signals
 
     begin, watched, signals = time.perf_counter(), display or Silent(), Signals()
     wanted = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
     with signals.installed():
-        with watched.task("preparing the text") as task:
-            opened = create(wanted, Path(run), Path.cwd(), _reporter(task))
+        use_compilation_cache()
+        with _Tasks(watched) as tasks:
+            opened = create(wanted, Path(run), Path.cwd(), tasks.report)
         opened.recorder.event("run_started", tokens=0, step=0, **_facts(opened))
         return _finish(opened, first_state(opened), Clock(), watched, signals, begin)
 
@@ -77,6 +79,7 @@ def resume(run: str | Path, *, overrides: Iterable[str] = (), display: Display |
 
     `overrides` may change `checkpoints.*` and `evaluation.*` only.
     """
+    from xgen.train.hardware import use_compilation_cache
     from xgen.train.run import reopen, restore
     from xgen.train.signals import Signals
 
@@ -84,8 +87,9 @@ def resume(run: str | Path, *, overrides: Iterable[str] = (), display: Display |
     folder = Path(run)
     wanted = load(folder, overrides)
     with signals.installed():
-        with watched.task("opening the text") as task:
-            opened = reopen(wanted, folder, _reporter(task))
+        use_compilation_cache()
+        with _Tasks(watched) as tasks:
+            opened = reopen(wanted, folder, tasks.report)
         damaged: list[str] = []
         state, clock = restore(opened, damaged.append)
         for text in damaged:
@@ -163,5 +167,22 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _reporter(task: Task) -> Callable[[str, float], None]:
-    return lambda _what, fraction: task.advance(fraction)
+class _Tasks:
+    """Shows work reported as (what, fraction) as one task after the other."""
+
+    def __init__(self, watched: Display) -> None:
+        self._watched, self._what = watched, ""
+        self._open = ExitStack()
+        self._task: Task = Silent()
+
+    def __enter__(self) -> _Tasks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def report(self, what: str, fraction: float) -> None:
+        if what != self._what:
+            self._open.close()
+            self._what, self._task = what, self._open.enter_context(self._watched.task(what))
+        self._task.advance(fraction)

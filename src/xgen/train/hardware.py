@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from pathlib import Path
 
 import jax
 
@@ -21,6 +22,15 @@ _PEAKS = {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989.5e12,
 }
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, or in the one that XGEN_CACHE names, so that a second start
+    compiles nothing. JAX's own setting, where there is one, is left alone."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # set when JAX is imported
+        home = os.environ.get("XGEN_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "xgen" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def peak_flops() -> float | None:
