@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -245,6 +246,18 @@ def test_roles(draws: np.ndarray, held_out: float, data: st.DataObject) -> None:
         assert all(role[index] == TRAIN for index in ours)
 
 
+@given(
+    draws=st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=20, unique=True),
+    held_out=st.floats(0, 0.999, exclude_min=True),
+)
+def test_neither_side_is_empty_where_the_choice_is_ours(draws: list[int], held_out: float) -> None:
+    count = len(draws)
+    texts = np.stack([np.arange(count, dtype=np.uint64)] * 2, axis=1)
+    role = roles(Marks(texts, np.array(draws, np.uint64), np.full(count, -1, np.int8)), held_out)
+    assert {TRAIN, HELD_OUT} == set(role.tolist())
+    assert max(np.array(draws)[role == HELD_OUT].tolist()) < min(np.array(draws)[role == TRAIN].tolist())
+
+
 def test_the_share_held_out_is_the_share_asked_for() -> None:
     documents = [Document(f"{number}", f"text {number}") for number in range(20_000)]
     role = roles(Marks.of(documents), 0.05)
@@ -310,6 +323,24 @@ def test_what_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("not JSON")
     with pytest.raises(DataError, match=r"manifest.json cannot be read as a store's manifest"):
         open_store(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(257, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
+def test_every_id_fits_the_stores_type(size: int, dtype: type) -> None:
+    assert writer.token_dtype(SimpleNamespace(size=size)) == dtype  # type: ignore[arg-type]
+    assert np.iinfo(dtype).max >= size - 1
+
+
+def test_a_store_of_wide_ids(
+    folder: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (parts, prepare):
+        monkeypatch.setattr(module, "token_dtype", lambda _: np.dtype(np.uint32))
+    assert make([folder], tmp_path / "store", tokenizer).dtype == "uint32"
+    store = open_store(tmp_path / "store")
+    assert store.train.tokens.dtype == np.uint32
+    found = contents(store, tokenizer)
+    assert Counter((found["train"] | found["held_out"]).values()) == Counter(some_texts(40))
 
 
 def test_a_store_is_read_only(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:

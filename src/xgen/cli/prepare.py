@@ -54,13 +54,15 @@ def prepare(
     Interrupted, it goes on where it was when called again.
     """
     from xgen.cli.progress import Progress
-    from xgen.data.prepare import choose_tokenizer
+    from xgen.data.prepare import check_place, choose_tokenizer
     from xgen.data.prepare import prepare as make_store
     from xgen.data.sources import list_files
 
+    check_place(out)
     files = [file for source in sources for file in list_files(source, text_field, split_field)]
     with Progress(0, quiet=quiet) as display:
-        chosen = choose_tokenizer(tokenizer, [files], held_out, on_error.value, end_of_text)
+        with display.task(f"tokenizer {tokenizer}"):
+            chosen = choose_tokenizer(tokenizer, [files], held_out, on_error.value, end_of_text)
         with display.task(f"preparing {out}") as task:
             manifest = make_store(
                 sources,

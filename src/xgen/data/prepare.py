@@ -48,14 +48,13 @@ def prepare(
     where it was. Raises `DataError` for a fault in the text (with file and line; counted in the manifest instead under
     `on_error = "skip"`), when `out` exists, or when there are no documents; `StorageError` when the disk is full.
     """
-    if out.exists():
-        raise DataError(f"{out} exists already; remove it or choose another place for the store")
+    check_place(out)
     if not 0 <= held_out < 1:
         raise DataError(f"held_out is {held_out:g}; it is a share of the documents, at least 0 and below 1")
     options = Options(held_out=held_out, on_error=on_error, text_field=text_field, split_field=split_field)
     files = [file for source in sources for file in list_files(source, text_field, split_field)]
     report = quietly if progress is None else progress
-    reads = _mark(files, report)
+    reads = [MarkedFile(file, file_mark(file.path)) for file in files]
     work = out.with_name(f"{out.name}.partial")
     try:
         (work / "parts").mkdir(parents=True, exist_ok=True)
@@ -66,6 +65,12 @@ def prepare(
     except OSError as cause:
         raise StorageError.writing(out, cause) from cause
     return manifest
+
+
+def check_place(out: Path) -> None:
+    """Raise `DataError` when `out` is taken; worth asking before a tokenizer is trained for it."""
+    if out.exists():
+        raise DataError(f"{out} exists already; remove it or choose another place for the store")
 
 
 def choose_tokenizer(
@@ -79,14 +84,6 @@ def choose_tokenizer(
         raise DataError(f"tokenizer {name!r}: after bpe: comes the number of ids, as in bpe:2048")
     texts = (text for files in sources for text in training_texts(list(files), held_out, on_error))
     return train_bpe(texts, int(size))
-
-
-def _mark(files: list[TextFile], report: Progress) -> list[MarkedFile]:
-    reads = []
-    for done, file in enumerate(files):
-        report("reading the files", done / len(files))
-        reads.append(MarkedFile(file, file_mark(file.path)))
-    return reads
 
 
 def _make_parts(
