@@ -75,7 +75,7 @@ class Progress:
         if self._live is not None:
             self._live.stop()
         elif self._unsaid:
-            self._say(self._state())
+            self._say(self._line())
 
     def stage(self, name: str, length: int) -> None:
         """A stage begins or goes on; the rate is measured afresh."""
@@ -94,7 +94,7 @@ class Progress:
         self._unsaid = self._live is None and not due
         if self._live is None and due:
             self._last_line = now
-            self._say(self._state())
+            self._say(self._line())
 
     def evaluation(self, loss: float) -> None:
         """Held-out loss, in nats a token, was measured in the loop."""
@@ -138,10 +138,15 @@ class Progress:
         if self._live is None:
             self._say(f"{description}: {_percent(fraction)}")
 
-    def _state(self) -> str:
-        parts = [f"{short(self._tokens)} of {short(self.total_tokens)} tokens ({_percent(self._share())})"]
-        if self._stage and self._live is None:
-            parts.append(self._stage)
+    def _line(self) -> str:
+        parts = [f"{self._counted()} ({_percent(self._share())})", self._stage, *self._measures()]
+        return " · ".join(part for part in parts if part)
+
+    def _counted(self) -> str:
+        return f"{short(self._tokens)} of {short(self.total_tokens)} tokens"
+
+    def _measures(self) -> list[str]:
+        parts = []
         if self._loss is not None:
             parts.append(f"loss {self._loss:.3f}")
         if self._held_out is not None and self._live is not None:
@@ -151,7 +156,7 @@ class Progress:
         left = self.seconds_left()
         if left is not None:
             parts.append(f"{duration(left)} left at this stage's rate")
-        return " · ".join(parts)
+        return parts
 
     def _share(self) -> float:
         return self._tokens / self.total_tokens if self.total_tokens else 1.0
@@ -159,8 +164,8 @@ class Progress:
     def _display(self) -> RenderableType:
         lines: list[RenderableType] = []
         if self._stage:
-            lines += [_bar(self._stage, self._share()), Text(self._state())]
-        lines += [_bar(task.description, task.fraction) for task in self._tasks]
+            lines += [_bar(self._stage, self._share(), self._counted()), Text(" · ".join(self._measures()))]
+        lines += [_bar(task.description, task.fraction, "") for task in self._tasks]
         return Group(*lines)
 
     def _say(self, text: str) -> None:
@@ -186,9 +191,10 @@ class _Shown:
             self._progress.say_task(self.description, self.fraction)
 
 
-def _bar(name: str, share: float) -> Table:
+def _bar(name: str, share: float, note: str) -> Table:
     row = Table.grid(padding=(0, 1))
-    row.add_row(Text(name), ProgressBar(total=1.0, completed=share, width=BAR_CHARACTERS), Text(_percent(share)))
+    bar = ProgressBar(total=1.0, completed=share, width=BAR_CHARACTERS)
+    row.add_row(Text(name), bar, Text(_percent(share)), Text(note))
     return row
 
 
