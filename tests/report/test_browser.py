@@ -57,8 +57,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
-def show(browser: Any, page: Path, screen: tuple[int, int, bool] = WIDE, scheme: str = "light") -> list[dict[str, Any]]:
-    """Load the page and return the requests that it made."""
+def show(browser: Any, page: Path, screen: tuple[int, int, bool] = WIDE, scheme: str = "light") -> list[str]:
+    """Load the page and return the addresses that it asked for."""
     width, height, mobile = screen
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -69,16 +69,15 @@ def show(browser: Any, page: Path, screen: tuple[int, int, bool] = WIDE, scheme:
     browser.get_log("browser")
     browser.get(page.as_uri())
     messages = (json.loads(line["message"])["message"] for line in browser.get_log("performance"))
-    return [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    return [one["request"]["url"] for one in sent]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_nothing_is_asked_of_any_other_address_and_the_console_is_silent(browser, page_of, name):
     page = page_of(name)
     requests = show(browser, page)
-    assert [request["request"]["url"] for request in requests if not request["request"]["url"].startswith("data:")] == [
-        page.as_uri()
-    ]
+    assert [url for url in requests if not url.startswith("data:")] == [page.as_uri()]
     assert browser.get_log("browser") == []
     assert not browser.execute_script("return !!document.querySelector('script, img, iframe')")
 
@@ -90,9 +89,7 @@ def test_the_page_does_not_scroll_sideways(browser, page_of, name, screen):
     inner, whole = browser.execute_script("return [window.innerWidth, document.documentElement.scrollWidth]")
     assert inner == screen[0]
     assert whole <= inner
-    assert browser.execute_script(
-        "return [...document.querySelectorAll('details')].every(d => { d.open = true; return true; })"
-    )
+    browser.execute_script("document.querySelectorAll('details').forEach(folded => { folded.open = true; })")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= inner
 
 
@@ -104,9 +101,10 @@ def test_every_figure_shows_one_drawing_with_something_in_it(browser, page_of, n
         """return [...document.querySelectorAll('figure')].map(figure => {
             const shown = [...figure.querySelectorAll('svg.plot')].filter(svg => svg.getBoundingClientRect().width > 0);
             const box = shown[0].getBoundingClientRect();
+            const size = mark => mark.getBoundingClientRect().width + mark.getBoundingClientRect().height;
             const marks = [...shown[0].querySelectorAll('.line, .mark, .whisker')];
             return {shown: shown.length, width: box.width, height: box.height,
-                    right: box.right, inked: marks.filter(m => { const b = m.getBoundingClientRect(); return b.width + b.height > 1; }).length};
+                    right: box.right, inked: marks.filter(mark => size(mark) > 1).length};
         })"""
     )
     assert len(figures) >= 6
@@ -126,8 +124,8 @@ def test_no_label_of_a_drawing_is_cut_by_its_edge_or_too_small_to_read(browser, 
             """return [...document.querySelectorAll('svg.plot text')].filter(t => {
                 const box = t.getBoundingClientRect(), svg = t.closest('svg.plot').getBoundingClientRect();
                 if (!box.width || t.closest('.hit')) return false;
-                return box.left < 0 || box.right > window.innerWidth || box.top < svg.top - 2 || box.bottom > svg.bottom + 2
-                    || box.height < 10;
+                return box.left < 0 || box.right > window.innerWidth || box.height < 10
+                    || box.top < svg.top - 2 || box.bottom > svg.bottom + 2;
             }).map(t => t.textContent)"""
         )
         assert bad == []
@@ -138,7 +136,8 @@ def test_dark_is_dark_and_light_is_light(browser, page_of):
     for scheme in ("light", "dark"):
         show(browser, page_of("finished"), WIDE, scheme)
         colours = browser.execute_script(
-            "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color].map(c => c.match(/\\d+/g).map(Number))"
+            """const style = getComputedStyle(document.body);
+            return [style.backgroundColor, style.color].map(colour => colour.match(/\\d+/g).map(Number))"""
         )
         brightness[scheme] = [sum(colour[:3]) / 3 for colour in colours]
     assert brightness["light"][0] > 240 > 80 > brightness["light"][1]
@@ -153,13 +152,14 @@ def test_pointing_at_a_curve_says_its_values(browser, page_of):
         const box = hit.querySelector('rect').getBoundingClientRect();
         return [box.x + box.width / 2, box.y + box.height / 2]"""
     )
-    opacity = "return getComputedStyle(document.querySelectorAll('#figure-loss svg.wide .hit')[40].querySelector('text')).opacity"
+    hit = "document.querySelectorAll('#figure-loss svg.wide .hit')[40]"
+    opacity = f"return getComputedStyle({hit}.querySelector('text')).opacity"
     assert browser.execute_script(opacity) == "0"
     browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": place[0], "y": place[1]})
     assert browser.execute_script(opacity) == "1"
 
 
-def test_on_paper_the_page_is_light_and_unfolded_enough_to_read(browser, page_of):
+def test_on_paper_the_page_is_light(browser, page_of):
     show(browser, page_of("finished"), WIDE, "dark")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
