@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xgen.report.plots import (
@@ -151,6 +151,7 @@ def test_every_strip_that_answers_the_pointer_has_a_width_and_they_fill_the_fram
     assert edges[-1][1] == pytest.approx(float(base.get("x2")), abs=0.2)
 
 
+@settings(deadline=None)  # a busy machine is no fault of the code
 @given(st.lists(st.floats(-50, 350), max_size=12), st.floats(1, 40))
 def test_labels_are_moved_apart_in_their_order_and_stay_inside(wanted, gap):
     placed = spread(wanted, gap, 0.0, 300.0)

@@ -388,10 +388,10 @@ def growth_figure(run: Run) -> Figure | None:
     )
     return Figure(
         plot,
-        "One line for each bin of positions, named by its first position. Where the lines of late positions lie below those "
-        f"of early ones, the model profits from the text further back.{above}",
-        "Held-out loss in the loop at the length of the stage; a bin reaches up to the next one’s first position. Early bins "
-        "hold few tokens, and the windows change with the stage, so small jumps mean nothing.",
+        "One line for each bin of positions, named by its first position. Where the lines of late positions lie below "
+        f"those of early ones, the model profits from the text further back.{above}",
+        "Held-out loss in the loop at the length of the stage; a bin reaches up to the next one’s first position. "
+        "Early bins hold few tokens, and the windows change with the stage, so small jumps mean nothing.",
     )
 
 
