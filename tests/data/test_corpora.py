@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import lzma
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from synthetic import recipe_of, stage
 
+from xgen.data import sources
 from xgen.data.corpora import open_sources, reopen_sources
 from xgen.data.prepare import prepare
 from xgen.data.reader import Reader
@@ -35,8 +38,8 @@ def base(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def recipe(tokenizer: str = "bpe:300", rows: int = 384, end_of_text: str = "<|endoftext|>", **sources: str) -> Recipe:
-    made = recipe_of(stage(16, 800, dict.fromkeys(sources, 1.0)), sources=sources, rows=rows)
+def recipe(tokenizer: str = "bpe:300", rows: int = 384, end_of_text: str = "<|endoftext|>", **named: str) -> Recipe:
+    made = recipe_of(stage(16, 800, dict.fromkeys(named, 1.0)), sources=named, rows=rows)
     return made.model_copy(update={"tokenizer": TokenizerChoice(name=tokenizer, end_of_text=end_of_text)})
 
 
@@ -88,16 +91,22 @@ def test_the_tokenizer_is_trained_on_the_training_documents_of_all_sources(base:
     assert len(names) == len(texts)
 
 
-def test_embedded_held_out_documents_never_reach_training(tmp_path: Path) -> None:
-    stores, tokenizer = open_sources(recipe("bpe:257", m="embedded:messages"), tmp_path, tmp_path)
-    held_out = {
-        document.name: document.text for document in read_documents("embedded:messages") if document.split == "held_out"
-    }
-    store = stores["m"]
-    assert {store.held_out.name(index) for index in range(store.held_out.documents)} == set(held_out)
-    assert not {store.train.name(index) for index in range(store.train.documents)} & set(held_out)
-    text = tokenizer.decode(store.held_out.document(0)[1:].tolist())
-    assert text == held_out[store.held_out.name(0)]
+def test_embedded_held_out_documents_never_reach_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the embedded documents' names and splits, and the head of each text to be quick."""
+    rows = [
+        {"name": document.name, "split": document.split, "text": document.text[:300]}
+        for document in read_documents("embedded:messages")
+    ]
+    (tmp_path / "messages.jsonl.xz").write_bytes(
+        lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    )
+    monkeypatch.setattr(sources, "CORPUS", tmp_path)
+    stores, tokenizer = open_sources(recipe("bpe:280", m="embedded:messages"), tmp_path, tmp_path / "work")
+    for split, name in ((stores["m"].train, "train"), (stores["m"].held_out, "held_out")):
+        assert {
+            split.name(index): tokenizer.decode(split.document(index)[1:].tolist()) for index in range(split.documents)
+        } == {row["name"]: row["text"] for row in rows if row["split"] == name}
+    assert stores["m"].held_out.documents == 24
 
 
 def test_stores_are_used_as_they_are(base: Path) -> None:

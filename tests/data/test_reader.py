@@ -72,7 +72,7 @@ def test_equal_to_the_slow_reader(document_mask: bool, seed: int) -> None:
             np.testing.assert_array_equal(array, rows[field], err_msg=f"{field} at {position}")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_equal_to_the_slow_reader_on_any_run(data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True))
