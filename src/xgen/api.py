@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from xgen.errors import RecipeError
+from xgen.errors import RecipeError, XgenError
 from xgen.recipe.load import load_recipe
 from xgen.recipe.schema import Recipe
 
@@ -70,7 +70,7 @@ def train(
         use_compilation_cache()
         with _Tasks(watched) as tasks:
             opened = create(wanted, Path(run), Path.cwd(), tasks.report)
-        opened.recorder.event("run_started", tokens=0, step=0, **_facts(opened))
+        _record_start(opened)
         return _finish(opened, first_state(opened), Clock(), watched, signals, begin)
 
 
@@ -94,6 +94,11 @@ def resume(run: str | Path, *, overrides: Iterable[str] = (), display: Display |
         state, clock = restore(opened, damaged.append)
         for text in damaged:
             watched.note(text)
+        if clock.tokens == 0:
+            _record_start(opened)
+            watched.note(f"{folder} has no whole checkpoint: it begins from the start")
+        elif clock.tokens >= opened.recipe.total_tokens:
+            watched.note(f"{folder} is trained to its last token: only the measurement and the report are made again")
         facts = {"from": clock.tokens, "reason": "; ".join(damaged) or "asked for"}
         opened.recorder.event("resumed", tokens=clock.tokens, step=clock.step, **facts)
         return _finish(opened, state, clock, watched, signals, begin)
@@ -128,7 +133,7 @@ def sources_override(data: Iterable[str]) -> list[str]:
 
 
 def _finish(run: Run, state: State, clock: Clock, watched: Display, signals: Signals, begin: float) -> dict[str, Any]:
-    """Train what is left, measure, write result and report."""
+    """Train what is left, measure, write result and report; a run that stops early has a report as well."""
     from xgen.report.page import write_report
     from xgen.train.after import measure, result
     from xgen.train.hardware import peak_memory
@@ -140,15 +145,25 @@ def _finish(run: Run, state: State, clock: Clock, watched: Display, signals: Sig
         del state
         with watched.task("measuring every stage's checkpoint") as task:
             measured = measure(run, task.advance)
+        for text in measured["notes"] if measured else ["no source has held-out documents: nothing was measured"]:
+            watched.note(text)
         seconds = earlier + time.perf_counter() - begin
         facts = {"seconds": seconds, "peak_memory_bytes": peak_memory()}
         run.recorder.event("finished", tokens=clock.tokens, step=clock.step, **facts)
         found = result(run, measured, seconds)
+        write_report(run.folder)
+    except XgenError:
+        if not signals.at_once:
+            with suppress(XgenError):  # why the run stops matters more
+                write_report(run.folder)
+        raise
     finally:
         run.recorder.close()
-        if (run.folder / "metrics.jsonl").exists():
-            write_report(run.folder)
     return found
+
+
+def _record_start(run: Run) -> None:
+    run.recorder.event("run_started", tokens=0, step=0, **_facts(run))
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -182,6 +197,7 @@ class _Tasks:
         self._open.close()
 
     def report(self, what: str, fraction: float) -> None:
+        what = what.partition(" (")[0]  # the counts in brackets change as the work goes on
         if what != self._what:
             self._open.close()
             self._what, self._task = what, self._open.enter_context(self._watched.task(what))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from typing import Annotated
@@ -14,7 +15,7 @@ from xgen.cli.prepare import prepare
 from xgen.cli.recipe import recipe_app
 from xgen.cli.report import report
 from xgen.cli.train import train
-from xgen.errors import XgenError
+from xgen.errors import StoppedBySignal, XgenError
 
 app = typer.Typer(
     name="xgen",
@@ -54,4 +55,7 @@ def main() -> None:
         if _DEBUG in sys.argv:
             traceback.print_exc()
         typer.echo(f"error: {error}", err=True)
+        if isinstance(error, StoppedBySignal):
+            sys.stdout.flush()
+            os._exit(error.exit_code)  # whoever sends a second signal does not wait for a checkpoint being written
         sys.exit(error.exit_code)

@@ -10,6 +10,16 @@ from typing import Any
 from xgen.errors import StorageError
 
 
+def check_target(target: str | None) -> None:
+    """Raise StorageError, before long work, when `write_json` could not write to `target` after it."""
+    if target is None or target == "-":
+        return
+    place = Path(target)
+    if place.is_dir() or not place.absolute().parent.is_dir():
+        what = "it is a folder" if place.is_dir() else f"there is no folder {place.absolute().parent}"
+        raise StorageError(f"cannot write {target}: {what}; name a file for the result")
+
+
 def write_json(value: Any, target: str | None) -> None:
     """Write `value` to the file `target`, to standard output for "-", nowhere for None."""
     if target is None:

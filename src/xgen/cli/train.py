@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from xgen.cli.output import write_json
+from xgen.cli.output import check_target, write_json
 from xgen.errors import RecipeError
 
 
@@ -38,6 +38,7 @@ def train(
     from xgen import api
     from xgen.cli.progress import Progress
 
+    check_target(json)
     if resume is not None:
         if run is not None or data:
             raise RecipeError("--resume takes the run's own folder and sources: leave out --run and --data")

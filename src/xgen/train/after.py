@@ -70,7 +70,7 @@ def result(run: Run, measured: Measurements | None, seconds: float) -> dict[str,
 
 
 def _stages(run: Run) -> list[dict[str, Any]]:
-    """Each stage with the median of its steps' tokens/s."""
+    """Each stage with the median of its steps' tokens/s, null when its lines are gone."""
     speeds: dict[str, list[float]] = {stage.name: [] for stage in run.recipe.stages}
     for line in read_lines(run.folder / METRICS):
         speeds[line["stage"]].append(line["tokens_per_second"])
@@ -81,7 +81,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
             "length": stage.length,
             "tokens": stage.spent,
             "checkpoint": str(paths[stage.name].path),
-            "tokens_per_second": statistics.median(speeds[stage.name]),
+            "tokens_per_second": statistics.median(speeds[stage.name]) if speeds[stage.name] else None,
         }
         for stage in run.recipe.stages
     ]

@@ -1,8 +1,8 @@
 """Checkpoints: saved in the background, whole or not at all, and checked by SHA-256 when read.
 
 A checkpoint is the folder `checkpoints/TOKENS` with the weights and the optimizer's state as two Orbax trees and a
-`manifest.json` that lists every file with its size and hash. It is written beside its place and renamed into it last,
-so a folder with a plain number for a name is complete unless it was damaged afterwards.
+`manifest.json` that lists every file with its size and hash, and has a hash of its own. It is written beside its place
+and renamed into it last, so a folder with a plain number for a name is complete unless it was damaged afterwards.
 """
 
 from __future__ import annotations
@@ -64,33 +64,45 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def damage(path: Path) -> list[str]:
-    """What is wrong with the checkpoint at `path`: every missing, surplus or altered file by name; [] when whole."""
+    """What is wrong with the checkpoint at `path`: every missing or altered file by name; [] when whole."""
     manifest = _manifest(path)
     if manifest is None:
-        return [f"{path / _MANIFEST} is missing or unreadable"]
+        return [f"{path / _MANIFEST} is missing" if not (path / _MANIFEST).is_file() else _altered(path / _MANIFEST)]
     wrong = []
     for name, entry in manifest["files"].items():
         file = path / name
-        if not file.is_file():
-            wrong.append(f"{file} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            wrong.append(f"{file} has {file.stat().st_size} bytes, {entry['bytes']} were written")
-        elif _sha256(file) != entry["sha256"]:
-            wrong.append(f"{file} has changed since it was written (SHA-256 differs)")
+        try:
+            if not file.is_file():
+                wrong.append(f"{file} is missing")
+            elif file.stat().st_size != entry["bytes"]:
+                wrong.append(f"{file} has {file.stat().st_size} bytes, {entry['bytes']} were written")
+            elif _sha256(file) != entry["sha256"]:
+                wrong.append(_altered(file))
+        except OSError as cause:
+            wrong.append(f"{file} cannot be read ({cause.strerror or cause})")
     return wrong
+
+
+def _altered(file: Path) -> str:
+    return f"{file} has changed since it was written (SHA-256 differs)"
 
 
 def newest_whole(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
     """The newest undamaged checkpoint. Each damaged newer one is reported by name and set aside as `NAME.damaged`."""
     by_path = {checkpoint.path: checkpoint for checkpoint in list_checkpoints(folder)}
-    for path in reversed(_numbered(folder)):
+    numbered = _numbered(folder)
+    for path in reversed(numbered):
         wrong = damage(path)
         if not wrong:
             return by_path[path]
         aside = path.with_suffix(".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        report(f"checkpoint {path} is damaged: {'; '.join(wrong)}; set aside as {aside.name}; the one before is used")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        except OSError as cause:
+            raise StorageError.writing(aside, cause) from cause
+        before = "the one before is used" if path != numbered[0] else "none is left: the run begins from the start"
+        report(f"checkpoint {path} is damaged: {'; '.join(wrong)}; set aside as {aside.name}; {before}")
     return None
 
 
@@ -164,13 +176,21 @@ class Saver:
         self._folder, self._policy, self._saved = folder, policy, saved
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(_PARTIAL + "*"):
-            shutil.rmtree(leftover)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(_PARTIAL + "*"):
+                shutil.rmtree(leftover)
+        except OSError as cause:
+            raise StorageError.writing(folder, cause) from cause
 
     def save(self, state: State, tokens: int, step: int, stage: str) -> None:
-        """Copy the state to the host, then write it in the background. A failure of an earlier save is raised here."""
+        """Copy the state to the host, then write it in the background. A failure of an earlier save is raised here.
+
+        One that is there stays: what follows from the tokens is the same, and at no moment is there none.
+        """
         self.wait()
+        if _manifest(self._folder / folder_name(tokens)) is not None:
+            return
         trees = {"weights": as_dict(state.weights), "optimizer": _named_leaves(state.optimizer)}
         # A real copy: the step that runs meanwhile reuses the device's buffers.
         host = jax.tree.map(lambda array: np.array(array, copy=True), trees)
@@ -182,6 +202,10 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise the StorageError of a write that has failed; one that still goes on is not waited for."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -191,12 +215,15 @@ class Saver:
         partial = self._folder / (_PARTIAL + path.name)
         try:
             _write(partial, trees, {"format": _FORMAT, "tokens": tokens, "step": step, "stage": stage})
-            shutil.rmtree(path, ignore_errors=True)
-            partial.rename(path)
-            _sync(self._folder)
-            self._retire()
+            try:
+                shutil.rmtree(path, ignore_errors=True)  # what is left of one without a manifest
+                partial.rename(path)
+                _sync(self._folder)
+                self._retire()
+            except OSError as cause:
+                raise StorageError.writing(path, cause) from cause
             self._saved(next(c for c in list_checkpoints(self._folder) if c.path == path))
-        except BaseException as failure:  # noqa: BLE001 - raised in the training thread by `wait`
+        except BaseException as failure:  # noqa: BLE001 - raised in the training thread by `check`
             self._failure = failure
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -221,10 +248,12 @@ def _write(partial: Path, trees: Mapping[str, Mapping[str, np.ndarray]], facts: 
         shapes = {name: list(array.shape) for name, array in trees["weights"].items()}
         files = {str(file.relative_to(partial)): file for file in sorted(partial.rglob("*")) if file.is_file()}
         entries = {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()}
-        manifest = json.dumps({**facts, "shapes": shapes, "files": entries}, indent=1)
-        (partial / _MANIFEST).write_text(manifest, encoding="utf-8")
-        for file in (*files.values(), partial / _MANIFEST):
-            _sync(file)
+        manifest = {**facts, "shapes": shapes, "files": entries}
+        text = json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1)
+        (partial / _MANIFEST).write_text(text, encoding="utf-8")
+        folders = [folder for folder in partial.rglob("*") if folder.is_dir()]
+        for place in (*files.values(), partial / _MANIFEST, *folders, partial):
+            _sync(place)
     except OSError as cause:
         raise StorageError.writing(partial, cause) from cause
 
@@ -269,8 +298,14 @@ def _manifest(path: Path) -> dict | None:  # type: ignore[type-arg]  # JSON
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    known = isinstance(manifest, dict) and manifest.get("format") == _FORMAT
-    return manifest if known else None
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        return None
+    return manifest if manifest.pop("sha256", None) == _own_sha256(manifest) else None
+
+
+def _own_sha256(manifest: dict[str, object]) -> str:
+    """Of a manifest without its own hash."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from xgen.errors import StorageError
+from xgen.errors import DataError, RecipeError, StorageError
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -20,6 +22,7 @@ RESULT = "result.json"
 MEASUREMENTS = "evals/after_training.json"
 CHECKPOINTS = "checkpoints"
 STORES = "stores"
+_LOCK = ".lock"
 
 STEP_KEYS = (
     "step", "tokens", "stage", "length", "loss", "grad_norm", "update_norm", "param_norm", "lr",
@@ -28,12 +31,16 @@ STEP_KEYS = (
 
 
 class Recorder:
-    """Appends to a run's `metrics.jsonl` and `events.jsonl`; each line reaches the system when it is written."""
+    """Appends to a run's `metrics.jsonl` and `events.jsonl`; each line reaches the system when it is written.
+
+    One process at a time: raises RecipeError while another one has the run open. A kill frees it.
+    """
 
     def __init__(self, run: Path) -> None:
+        self._run = run
         self._lock = threading.Lock()  # checkpoints are recorded by the thread that writes them
-        self._metrics = _append(run / METRICS)
-        self._events = _append(run / EVENTS)
+        self._claim = _claimed(run)
+        self._metrics, self._events = _append(run / METRICS), _append(run / EVENTS)
 
     def step(self, **line: object) -> None:
         """One step's line; `STEP_KEYS` lists its names."""
@@ -48,30 +55,44 @@ class Recorder:
     def sync(self) -> None:
         """Make what was written survive a power cut; done before a checkpoint that counts on it."""
         for stream in (self._metrics, self._events):
-            os.fsync(stream.fileno())
+            try:
+                os.fsync(stream.fileno())
+            except OSError as cause:
+                raise StorageError.writing(Path(stream.name), cause) from cause
+
+    def cut_back(self, tokens: int) -> float:
+        """Drop the lines past `tokens`, which the resumed run writes again. Returns the seconds of the steps kept."""
+        with self._lock:
+            self._metrics.close()
+            self._events.close()
+            kept = [line for line in read_lines(self._run / METRICS) if line["tokens"] <= tokens]
+            events = [line for line in read_lines(self._run / EVENTS) if not _comes_again(line, tokens)]
+            replace_text(self._run / METRICS, "".join(_line(line) for line in kept))
+            replace_text(self._run / EVENTS, "".join(_line(line) for line in events))
+            self._metrics, self._events = _append(self._run / METRICS), _append(self._run / EVENTS)
+        return float(sum(line["seconds"] for line in kept))
 
     def close(self) -> None:
-        self._metrics.close()
-        self._events.close()
+        for stream in (self._metrics, self._events, self._claim):
+            with suppress(OSError):  # a line that could not be written was an error when it was written
+                stream.close()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The complete lines of a JSON Lines file; a last line torn by a kill is left out."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as stream:
-        for line in stream:
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-
-def cut_back(run: Path, tokens: int) -> float:
-    """Drop the lines past `tokens`, which the resumed run writes again. Returns the seconds of the steps kept."""
-    kept = [line for line in read_lines(run / METRICS) if line["tokens"] <= tokens]
-    replace_text(run / METRICS, "".join(_line(line) for line in kept))
-    events = [line for line in read_lines(run / EVENTS) if line["tokens"] <= tokens]
-    replace_text(run / EVENTS, "".join(_line(line) for line in events))
-    return float(sum(line["seconds"] for line in kept))
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for line in stream:
+                number += 1
+                if line.endswith("\n"):
+                    yield json.loads(line)
+    except OSError as cause:
+        raise DataError(f"cannot read {path}: {cause.strerror or cause}") from cause
+    except ValueError as cause:
+        raise DataError(f"{path}, line {number} is damaged ({cause}); delete it and what follows") from cause
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -88,6 +109,28 @@ def replace_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write a whole JSON file, atomically; a value that is no number is an error."""
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _comes_again(event: dict[str, Any], tokens: int) -> bool:
+    """Whether a run that goes on at `tokens` writes the event again."""
+    return bool(event["tokens"] > tokens or (event["tokens"] == tokens and event["kind"] == "stage_started"))
+
+
+def _claimed(run: Path) -> TextIOWrapper:
+    """The run's lock file, locked for as long as it is open."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        claim = (run / _LOCK).open("a", encoding="utf-8")
+    except OSError as cause:
+        raise StorageError.writing(run / _LOCK, cause) from cause
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as cause:
+        claim.close()
+        raise RecipeError(f"another process is at work on {run}; wait until it ends, or stop it first") from cause
+    except OSError:  # some network file systems have no locks; what they hold is not the less whole
+        pass
+    return claim
 
 
 def _append(path: Path) -> TextIOWrapper:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Protocol
 
@@ -130,6 +131,7 @@ class _Session:
         batch = recipe.stages[recipe.stage_at(self.clock.tokens - 1)].batch_tokens
         if ends or _due(self.clock.tokens, batch, recipe.evaluation.every):
             self._evaluate(state, length)
+        self.saver.check()
         signal = self.signals.received
         if ends or signal or _due(self.clock.tokens, batch, recipe.checkpoints.every):
             self.run.recorder.sync()
@@ -146,6 +148,11 @@ class _Session:
             return
         begin = time.perf_counter()
         found = evaluate(state.weights, self.run.spec, self.held_out, length, self.run.tokenizer.byte_lengths)
+        if not math.isfinite(found.loss):
+            raise NonFiniteError(
+                f"held-out loss after step {self.clock.step} ({self.clock.tokens:,} tokens) is {found.loss}: the "
+                "weights have run away; the checkpoints before it are kept. Lower optimizer.learning_rate, in a new run"
+            )
         self.display.evaluation(found.loss)
         facts = {"loss": found.loss, "loss_by_position": found.loss_by_position, "documents": found.documents}
         seconds = time.perf_counter() - begin
@@ -164,7 +171,8 @@ class _Session:
         more = f" and {len(names) - _NAMED_DOCUMENTS} more" if len(names) > _NAMED_DOCUMENTS else ""
         raise NonFiniteError(
             f"step {self.clock.step + 1} at {batch.position:,} tokens: loss {float(metrics.loss)}, gradient norm "
-            f"{float(metrics.grad_norm)}; nothing was updated and the weights before it are saved. Its documents: "
+            f"{float(metrics.grad_norm)}, norm of the update {float(metrics.update_norm)}; "
+            "nothing was updated and the weights before it are saved. Its documents: "
             f"{shown}{more}. See them with `xgen data show {self.run.folder} --position {batch.position}`; "
             "a lower optimizer.learning_rate or compute.precision=float32 may cure it"
         )

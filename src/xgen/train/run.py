@@ -10,18 +10,18 @@ from pathlib import Path
 import jax
 import optax
 
-from xgen.data.corpora import open_sources
+from xgen.data.corpora import open_sources, reopen_sources
 from xgen.data.reader import Reader
 from xgen.data.store import Store
-from xgen.errors import CheckpointError, DataError, RecipeError
+from xgen.errors import CheckpointError, DataError, RecipeError, StorageError
 from xgen.measure import Sample, sample_documents
 from xgen.model import Spec, initialise
 from xgen.recipe.load import changed_keys, dump_toml
 from xgen.recipe.schema import Recipe
 from xgen.tokens.tokenizer import Tokenizer
 from xgen.train import optimizer
-from xgen.train.checkpoints import Checkpoint, newest_whole, read_state
-from xgen.train.folder import CHECKPOINTS, RECIPE, RESULT, STORES, Recorder, cut_back, replace_text, write_json
+from xgen.train.checkpoints import newest_whole, read_state
+from xgen.train.folder import CHECKPOINTS, METRICS, RECIPE, RESULT, STORES, Recorder, replace_text, write_json
 from xgen.train.step import State
 
 SOURCES = "sources.json"
@@ -64,8 +64,9 @@ class Clock:
 
 
 def create(recipe: Recipe, folder: Path, base: Path, progress: Progress | None = None) -> Run:
-    """Begin a run in `folder`, which must not hold one. Relative paths of the recipe are taken from `base`."""
-    if (folder / RECIPE).exists():
+    """Begin a run in `folder`, which must not hold one that has made a step. Relative paths of the recipe are taken
+    from `base`."""
+    if _has_steps(folder):
         raise RecipeError(
             f"{folder} already holds a run; go on with `xgen train --resume {folder}`, or choose another folder"
         )
@@ -75,11 +76,17 @@ def create(recipe: Recipe, folder: Path, base: Path, progress: Progress | None =
     write_json(folder / SOURCES, {name: store.fingerprint for name, store in stores.items()})
     tokenizer.save(folder / "tokenizer.json")
     run = _assemble(recipe, folder, stores, tokenizer)
+    run.recorder.cut_back(-1)
     replace_text(folder / RECIPE, dump_toml(recipe))  # last: a folder with a recipe is a run that can be resumed
     return run
 
 
-def reopen(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Run:
+def _has_steps(folder: Path) -> bool:
+    metrics = folder / METRICS
+    return any((folder / CHECKPOINTS).glob("*")) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def reopen(recipe: Recipe, folder: Path) -> Run:
     """Open the run in `folder` again. `recipe`: its own, or one that differs in checkpoints and evaluation only."""
     from xgen.recipe.load import load_recipe
 
@@ -90,7 +97,7 @@ def reopen(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Ru
             f"depend on it; only checkpoints.* and evaluation.* may change. Start a new run instead"
         )
     check_devices(recipe)
-    stores, tokenizer = open_sources(recipe, folder, folder / STORES, progress)
+    stores, tokenizer = reopen_sources(recipe, folder, folder / STORES)
     _check_sources(folder, stores)
     run = _assemble(recipe, folder, stores, tokenizer)
     replace_text(folder / RECIPE, dump_toml(recipe))
@@ -106,21 +113,20 @@ def first_state(run: Run) -> State:
 def restore(run: Run, report: Callable[[str], None]) -> tuple[State, Clock]:
     """State and clock of the newest whole checkpoint, or of the beginning; later lines of the logs are dropped."""
     checkpoint = newest_whole(run.folder / CHECKPOINTS, report)
-    (run.folder / RESULT).unlink(missing_ok=True)
+    try:
+        (run.folder / RESULT).unlink(missing_ok=True)
+    except OSError as cause:
+        raise StorageError.writing(run.folder / RESULT, cause) from cause
     if checkpoint is None:
-        seconds = cut_back(run.folder, -1)
+        run.recorder.cut_back(-1)
         return first_state(run), Clock()
     if checkpoint.tokens > run.recipe.total_tokens:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} lies past the recipe's {run.recipe.total_tokens:,} tokens; "
             "it belongs to another run: choose its folder"
         )
-    seconds = cut_back(run.folder, checkpoint.tokens)
-    return read_state(checkpoint.path, run.spec, run.transformation), _clock(checkpoint, seconds)
-
-
-def _clock(checkpoint: Checkpoint, seconds: float) -> Clock:
-    return Clock(checkpoint.tokens, checkpoint.step, seconds)
+    state = read_state(checkpoint.path, run.spec, run.transformation)
+    return state, Clock(checkpoint.tokens, checkpoint.step, run.recorder.cut_back(checkpoint.tokens))
 
 
 def check_devices(recipe: Recipe) -> None:
@@ -141,16 +147,19 @@ def check_devices(recipe: Recipe) -> None:
 
 
 def _assemble(recipe: Recipe, folder: Path, stores: Mapping[str, Store], tokenizer: Tokenizer) -> Run:
-    return Run(
+    reader = Reader(recipe, stores)
+    run = Run(
         folder=folder,
         recipe=recipe,
         tokenizer=tokenizer,
         stores=stores,
-        reader=Reader(recipe, stores),
+        reader=reader,
         spec=Spec.of(recipe, tokenizer.size),
         transformation=optimizer.build(recipe.optimizer),
         recorder=Recorder(folder),
     )
+    run.held_out(recipe.evaluation.tokens)  # what the measurement at the end cannot do is said before the first step
+    return run
 
 
 def _rooted(recipe: Recipe, base: Path) -> Recipe:

@@ -69,19 +69,20 @@ def compile_step(
     (state, batch, learning rate) -> (state, metrics); the state given is consumed.
 
     The batch is cut into microbatches whose float32 gradients are added; each token counts once over the tokens of the
-    whole batch. When the loss or the gradient is not finite, the state comes back as it was.
+    whole batch. When the loss, the gradient, the update or the weights after it are not finite, the state
+    comes back as it was.
     """
 
     def step(state: State, batch: Tokens, rate: Float[Array, ""]) -> tuple[State, Metrics]:
         loss, gradients, per_token = _gradients(state.weights, spec, stage, optimizer.z_loss, batch)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         direction, optimizer_state = transformation.update(gradients, state.optimizer, state.weights)
         updates = jax.tree.map(lambda change: -rate * change, direction)
         moved = State(optax.apply_updates(state.weights, updates), optimizer_state)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        update_norm, param_norm = optax.tree.norm(updates), optax.tree.norm(moved.weights)
+        finite = jnp.isfinite(jnp.stack([loss, grad_norm, update_norm, param_norm])).all()
         kept = jax.tree.map(partial(jnp.where, finite), moved, state)
         bins = _by_position(per_token, batch.positions, position_bins(stage.length))
-        update_norm, param_norm = optax.global_norm(updates), optax.global_norm(kept.weights)
         return kept, Metrics(per_token.mean(), grad_norm, update_norm, param_norm, finite, *bins)
 
     tokens = jax.ShapeDtypeStruct((stage.sequences, stage.length), np.int32)
@@ -121,7 +122,7 @@ def _by_position(
     return per_token.reshape(-1) @ member.astype(jnp.float32), member.sum(axis=0).astype(jnp.float32)
 
 
-def mean_loss_by_position(losses: Float[Array, " bins"], tokens: Float[Array, " bins"]) -> dict[str, float]:
+def mean_loss_by_position(losses: Float[np.ndarray, " bins"], tokens: Float[np.ndarray, " bins"]) -> dict[str, float]:
     """Mean loss of every bin that has tokens, by the bin's first context length."""
     pairs = enumerate(zip(losses.tolist(), tokens.tolist(), strict=True))
     return {str(1 << power): loss / count for power, (loss, count) in pairs if count > 0 and math.isfinite(loss)}
