@@ -32,7 +32,7 @@ class NonFiniteError(XgenError):
     exit_code = 3
 
 
-class StoppedBySignal(XgenError):
+class StoppedBySignal(XgenError):  # noqa: N818 - it says what happened; nothing went wrong
     """SIGTERM or SIGINT: the run was saved and can be resumed. 75 is EX_TEMPFAIL of sysexits.h."""
 
     exit_code = 75
