@@ -13,6 +13,7 @@ from xgen.recipe.load import load_recipe
 from xgen.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from xgen.loaded import LoadedModel
     from xgen.train.run import Clock, Run
     from xgen.train.signals import Signals
     from xgen.train.step import State
@@ -65,7 +66,7 @@ def train(
     from xgen.train.signals import Signals
 
     begin, watched, signals = time.perf_counter(), display or Silent(), Signals()
-    wanted = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
+    wanted = recipe if isinstance(recipe, Recipe) else resolve(recipe, overrides)
     with signals.installed():
         use_compilation_cache()
         with _Tasks(watched) as tasks:
@@ -85,11 +86,10 @@ def resume(run: str | Path, *, overrides: Iterable[str] = (), display: Display |
 
     begin, watched, signals = time.perf_counter(), display or Silent(), Signals()
     folder = Path(run)
-    wanted = load(folder, overrides)
+    wanted = resolve(folder, overrides)
     with signals.installed():
         use_compilation_cache()
-        with _Tasks(watched) as tasks:
-            opened = reopen(wanted, folder, tasks.report)
+        opened = reopen(wanted, folder)
         damaged: list[str] = []
         state, clock = restore(opened, damaged.append)
         for text in damaged:
@@ -104,13 +104,23 @@ def resume(run: str | Path, *, overrides: Iterable[str] = (), display: Display |
         return _finish(opened, state, clock, watched, signals, begin)
 
 
-def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def resolve(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The resolved recipe `source`: a shipped name, a file, or a run folder."""
     from xgen.tokens.tokenizer import embedding_rows
 
     if isinstance(source, Path) and source.is_dir() and not (source / "recipe.toml").is_file():
         raise RecipeError(f"{source} holds no run (no recipe.toml); start one with `xgen train RECIPE --run {source}`")
     return load_recipe(source, tuple(overrides), vocabulary=embedding_rows).recipe
+
+
+def load(model: str | Path) -> LoadedModel:
+    """A trained model: a run folder (its newest checkpoint), or one checkpoint as DIR@TOKENS or DIR@STAGE.
+
+    It has `.tokenizer`, `.logits(ids)` [B S V] and `.loss(ids)` [B S-1]. Raises CheckpointError when there is none.
+    """
+    from xgen.loaded import load as load_model
+
+    return load_model(model)
 
 
 def sources_override(data: Iterable[str]) -> list[str]:

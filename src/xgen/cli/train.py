@@ -43,14 +43,14 @@ def train(
         if run is not None or data:
             raise RecipeError("--resume takes the run's own folder and sources: leave out --run and --data")
         wanted = [text for text in (recipe, *(overrides or ())) if text is not None]
-        with Progress(api.load(resume, wanted).total_tokens, quiet=quiet or json == "-") as display:
+        with Progress(api.resolve(resume, wanted).total_tokens, quiet=quiet or json == "-") as display:
             found = api.resume(resume, overrides=wanted, display=display)
     else:
         if recipe is None or run is None:
             raise RecipeError(
                 "say what to train and where: `xgen train RECIPE --run DIR`, or `xgen train --resume DIR`"
             )
-        loaded = api.load(recipe, [*api.sources_override(data or []), *(overrides or [])])
+        loaded = api.resolve(recipe, [*api.sources_override(data or []), *(overrides or [])])
         with Progress(loaded.total_tokens, quiet=quiet or json == "-") as display:
             found = api.train(loaded, run=run, display=display)
     write_json(found, json)
