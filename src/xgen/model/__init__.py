@@ -6,6 +6,8 @@ Axis letters, the same in signatures, einsums and the weights table:
     S  positions of a sequence       F  mlp size                  L  layers, stacked and scanned
     T  tokens, B x S flattened       H  query heads               V  vocabulary rows, padding included
     G  query heads a key head serves K  key and value heads       N  any output axes, flattened
+    P  rotary planes of a head, E/2  R  rows of attention, B x K  Q  queries of a block
+    M  keys up to a block's end      C  tokens of a chunk
 """
 
 from xgen.model.decoder import forward, last_logits, logits, nll, objective

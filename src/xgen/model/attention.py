@@ -68,7 +68,7 @@ BACKENDS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
 }
 
 
-def _to_rows(x: Float[Array, "B S H E"], kv_heads: int) -> Float[Array, "B*K G S E"]:
+def _to_rows(x: Float[Array, "B S H E"], kv_heads: int) -> Float[Array, "R G S E"]:
     b, s, h, e = x.shape
     return (
         x.reshape(b, s, kv_heads, h // kv_heads, e).transpose(0, 2, 3, 1, 4).reshape(b * kv_heads, h // kv_heads, s, e)
@@ -107,12 +107,12 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
-def _visible(segments: Int[Array, " S"], start: int, stop: int) -> Bool[Array, "Q S"]:
+def _visible(segments: Int[Array, " S"], start: int, stop: int) -> Bool[Array, "Q M"]:
     places = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
     return places & (segments[start:stop, None] == segments[None, :stop])
 
 
-def _scores(q: Array, k: Array, segments: Array, start: int, stop: int) -> Float[Array, "G Q S"]:
+def _scores(q: Array, k: Array, segments: Array, start: int, stop: int) -> Float[Array, "G Q M"]:
     """Scaled and masked scores of queries [start, stop) against keys [0, stop)."""
     product = _einsum("gqe,ke->gqk", q[:, start:stop], k[:stop])
     return jnp.where(_visible(segments, start, stop), product / math.sqrt(q.shape[-1]), _MASKED)

@@ -21,8 +21,8 @@ from xgen.model.weights import Block, Weights
 class Places(NamedTuple):
     """Where each token stands: its rotary angles and its document."""
 
-    cosine: Float[Array, "B S 1 E/2"]
-    sine: Float[Array, "B S 1 E/2"]
+    cosine: Float[Array, "B S 1 P"]
+    sine: Float[Array, "B S 1 P"]
     segments: Int[Array, "B S"]
 
 

@@ -53,14 +53,16 @@ def attention_factor(model: Model) -> float:
 
 def angles(
     positions: Int[Array, "B S"], model: Model, dtype: jnp.dtype
-) -> tuple[Float[Array, "B S 1 E/2"], Float[Array, "B S 1 E/2"]]:
+) -> tuple[Float[Array, "B S 1 P"], Float[Array, "B S 1 P"]]:
     """Cosine and sine of each position's turn, for `rotate`; `dtype` is float32 or wider."""
     turn = positions[..., None, None].astype(dtype) * jnp.asarray(frequencies(model), dtype)
     factor = attention_factor(model)
     return jnp.cos(turn) * factor, jnp.sin(turn) * factor
 
 
-def rotate(x: Float[Array, "B S H E"], cosine: Array, sine: Array) -> Float[Array, "B S H E"]:
+def rotate(
+    x: Float[Array, "B S H E"], cosine: Float[Array, "B S 1 P"], sine: Float[Array, "B S 1 P"]
+) -> Float[Array, "B S H E"]:
     """Turn each head's planes (x_i, x_{i + E/2}) by its position's angle; computed in the angles' type."""
     first, second = jnp.split(x.astype(cosine.dtype), 2, axis=-1)
     turned = jnp.concatenate([first * cosine - second * sine, first * sine + second * cosine], axis=-1)
