@@ -1,0 +1,25 @@
+"""Before any test imports the package: run on the CPU, and check every shape that a signature states."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _checked_modules() -> list[str]:
+    """The modules whose annotated shapes are held to at run time.
+
+    `weights` is left out: its dataclasses are trees that also carry shapes, masks and single layers.
+    """
+    package = find_spec("xgen.model")
+    assert package is not None
+    assert package.submodule_search_locations
+    folder = Path(package.submodule_search_locations[0])
+    names = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "weights"))
+    return [f"xgen.model.{name}" for name in names] + ["xgen.train.step", "xgen.train.optimizer"]
+
+
+install_import_hook(_checked_modules(), "beartype.beartype")
