@@ -134,7 +134,8 @@ def command(*arguments: object) -> Done:
     """`xgen ARGUMENTS`, in this process."""
     from xgen.cli.app import main
 
-    out, err, code, before = io.StringIO(), io.StringIO(), 0, sys.argv
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before, hook = sys.argv, sys.unraisablehook
     sys.argv = ["xgen", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -142,7 +143,7 @@ def command(*arguments: object) -> Done:
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     finally:
-        sys.argv = before
+        sys.argv, sys.unraisablehook = before, hook
     return Done(code, out.getvalue(), err.getvalue())
 
 

@@ -86,7 +86,7 @@ def resume(run: str | Path, *, overrides: Iterable[str] = (), display: Display |
 
     begin, watched, signals = time.perf_counter(), display or Silent(), Signals()
     folder = Path(run)
-    wanted = resolve(folder, overrides)
+    wanted = resolve_run(folder, overrides)
     with signals.installed():
         use_compilation_cache()
         opened = reopen(wanted, folder)
@@ -108,9 +108,14 @@ def resolve(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The resolved recipe `source`: a shipped name, a file, or a run folder."""
     from xgen.tokens.tokenizer import embedding_rows
 
-    if isinstance(source, Path) and source.is_dir() and not (source / "recipe.toml").is_file():
-        raise RecipeError(f"{source} holds no run (no recipe.toml); start one with `xgen train RECIPE --run {source}`")
     return load_recipe(source, tuple(overrides), vocabulary=embedding_rows).recipe
+
+
+def resolve_run(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of the run in `folder`. Raises RecipeError when there is none."""
+    if not (folder / "recipe.toml").is_file():
+        raise RecipeError(f"{folder} holds no run (no recipe.toml); start one with `xgen train RECIPE --run {folder}`")
+    return resolve(folder, overrides)
 
 
 def load(model: str | Path) -> LoadedModel:
@@ -129,12 +134,16 @@ def sources_override(data: Iterable[str]) -> list[str]:
     A token store brings its own tokenizer, so the recipe's is set aside for it.
     """
     import json
+    from collections import Counter
 
     from xgen.data.store import is_store
 
     named = [text.partition("=") if "=" in text else (Path(text).name or "text", "=", text) for text in data]
     if not named:
         return []
+    twice = [name for name, count in Counter(name for name, _, _ in named).items() if count > 1]
+    if twice:
+        raise RecipeError(f"--data: two sources are called {', '.join(twice)}; tell them apart with --data NAME=PATH")
     sources = ", ".join(f"{json.dumps(name)} = {json.dumps(place)}" for name, _, place in named)
     overrides = [f"data.sources={{ {sources} }}"]
     if any(is_store(Path(place)) for _, _, place in named):

@@ -145,6 +145,15 @@ def test_a_finished_run_says_so_and_is_measured_again(micro: Micro, tmp_path: Pa
     assert_same_run(run, micro.straight)
 
 
+def test_the_texts_are_not_needed_again(micro: Micro, tmp_path: Path) -> None:
+    """A run keeps the stores it made: what becomes of the texts does not change its batches."""
+    run = micro.copy(tmp_path / "run", tokens=3840)
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace(str(micro.texts), str(tmp_path / "gone")))
+    assert command("train", "--resume", run).code == 0
+    assert_same_run(run, micro.straight)
+
+
 def test_a_torn_last_line_is_written_again(micro: Micro, tmp_path: Path) -> None:
     run = micro.copy(tmp_path / "run", tokens=4608)
     whole = (run / "metrics.jsonl").read_bytes()

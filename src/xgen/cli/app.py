@@ -49,6 +49,7 @@ def _options(
 def main() -> None:
     """Run the command line. An error of ours is one message on standard error and its own exit code."""
     arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG]
+    sys.unraisablehook = _unraisable
     try:
         app(args=arguments, prog_name="xgen")
     except XgenError as error:
@@ -59,3 +60,10 @@ def main() -> None:
             sys.stdout.flush()
             os._exit(error.exit_code)  # whoever sends a second signal does not wait for a checkpoint being written
         sys.exit(error.exit_code)
+
+
+def _unraisable(found: sys.UnraisableHookArgs) -> None:
+    """Keep quiet of TensorStore's threads, which report to an event loop that their failed write has closed: the
+    failure itself is an error of ours."""
+    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(found)

@@ -43,7 +43,7 @@ def train(
         if run is not None or data:
             raise RecipeError("--resume takes the run's own folder and sources: leave out --run and --data")
         wanted = [text for text in (recipe, *(overrides or ())) if text is not None]
-        with Progress(api.resolve(resume, wanted).total_tokens, quiet=quiet or json == "-") as display:
+        with Progress(api.resolve_run(resume, wanted).total_tokens, quiet=quiet or json == "-") as display:
             found = api.resume(resume, overrides=wanted, display=display)
     else:
         if recipe is None or run is None:

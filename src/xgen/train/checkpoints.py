@@ -146,23 +146,23 @@ def read_state(path: Path, spec: Spec, transformation: optax.GradientTransformat
 
 def weights_sha256(weights: Weights) -> str:
     """SHA-256 over all weights in table order: each name, shape and its float32 values, little-endian."""
-    digest = hashlib.sha256()
-    for name, array in as_dict(weights).items():
-        values = np.asarray(array, dtype="<f4")
-        digest.update(f"{name} {values.shape}\n".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()
+    return _arrays_sha256(as_dict(weights))
 
 
 def stored_weights_sha256(path: Path) -> str:
     """`weights_sha256` of the checkpoint at `path`, checked first; the model's shape need not be known."""
     _require_whole(path)
     shapes = (_manifest(path) or {})["shapes"]
-    arrays = _load(path / "weights", {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()})
+    wanted = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    return _arrays_sha256(_load(path / "weights", wanted))
+
+
+def _arrays_sha256(arrays: Mapping[str, Array]) -> str:
     digest = hashlib.sha256()
-    for name in shapes:
-        digest.update(f"{name} {tuple(shapes[name])}\n".encode())
-        digest.update(np.asarray(arrays[name], dtype="<f4").tobytes())
+    for name, array in arrays.items():
+        values = np.asarray(array, dtype="<f4")
+        digest.update(f"{name} {values.shape}\n".encode())
+        digest.update(values.tobytes())
     return digest.hexdigest()
 
 
@@ -192,8 +192,10 @@ class Saver:
         if _manifest(self._folder / folder_name(tokens)) is not None:
             return
         trees = {"weights": as_dict(state.weights), "optimizer": _named_leaves(state.optimizer)}
-        # A real copy: the step that runs meanwhile reuses the device's buffers.
-        host = jax.tree.map(lambda array: np.array(array, copy=True), trees)
+        # A real copy: the step that runs meanwhile reuses the device's buffers. `jax.tree.map` would sort the names.
+        host = {
+            tree: {name: np.array(leaf, copy=True) for name, leaf in named.items()} for tree, named in trees.items()
+        }
         self._thread = threading.Thread(target=self._run, args=(host, tokens, step, stage), name="checkpoint")
         self._thread.start()
 

@@ -66,6 +66,8 @@ class Clock:
 def create(recipe: Recipe, folder: Path, base: Path, progress: Progress | None = None) -> Run:
     """Begin a run in `folder`, which must not hold one that has made a step. Relative paths of the recipe are taken
     from `base`."""
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{folder} is a file, and a run is a folder; choose another place")
     if _has_steps(folder):
         raise RecipeError(
             f"{folder} already holds a run; go on with `xgen train --resume {folder}`, or choose another folder"
