@@ -75,17 +75,21 @@ def test_8k_is_4k_and_one_stage_more() -> None:
     assert (long.model, long.optimizer, long.data) == (short.model, short.optimizer, short.data)
 
 
-@pytest.mark.parametrize("name", ["tiny", "xgen-125m", "xgen-1b", "xgen-7b-8k"])
-def test_lengths_double_and_tokens_are_as_8_to_4_to_3(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    # So few tokens as tiny's are spent better on the last length: docs/lab-notes.md.
+    [("tiny", (1, 1, 2)), ("xgen-125m", (8, 4, 3)), ("xgen-1b", (8, 4, 3)), ("xgen-7b-8k", (8, 4, 3))],
+)
+def test_lengths_double_and_tokens_keep_their_shares(name: str, parts: tuple[int, int, int]) -> None:
     stages = load_recipe(name).recipe.stages
     assert [later.length / earlier.length for earlier, later in pairwise(stages)] == [2, 2]
-    assert [stage.tokens * 8 for stage in stages] == [stages[0].tokens * part for part in (8, 4, 3)]
+    assert [stage.tokens * parts[0] for stage in stages] == [stages[0].tokens * part for part in parts]
     assert len({stage.batch_tokens for stage in stages}) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "low", "high", "tokens"),
-    [("tiny", 0.5e6, 2e6, 1.2e6), ("xgen-125m", 120e6, 170e6, 2.5e9), ("xgen-1b", 1.1e9, 1.3e9, 26e9)],
+    [("tiny", 0.5e6, 2e6, 2.4e6), ("xgen-125m", 120e6, 170e6, 2.5e9), ("xgen-1b", 1.1e9, 1.3e9, 26e9)],
 )
 def test_sizes(name: str, low: float, high: float, tokens: float) -> None:
     assert low < parameters(name) < high
