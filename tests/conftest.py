@@ -19,7 +19,7 @@ def _checked_modules() -> list[str]:
     assert package.submodule_search_locations
     folder = Path(package.submodule_search_locations[0])
     names = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "weights"))
-    return [f"xgen.model.{name}" for name in names] + ["xgen.train.step", "xgen.train.optimizer"]
+    return [f"xgen.model.{name}" for name in names] + ["xgen.training.step", "xgen.training.optimizer"]
 
 
 install_import_hook(_checked_modules(), "beartype.beartype")

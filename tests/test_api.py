@@ -29,7 +29,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("api")
     texts = folder / "texts"
     texts.mkdir()
-    words = np.array("we the people of these united states in order to form a more perfect union".split())
+    words = np.array(
+        [
+            "we",
+            "the",
+            "people",
+            "of",
+            "these",
+            "united",
+            "states",
+            "in",
+            "order",
+            "to",
+            "form",
+            "a",
+            "more",
+            "perfect",
+            "union",
+        ]
+    )
     generator = np.random.default_rng(0)
     for number in range(24):
         (texts / f"{number}.txt").write_text(" ".join(generator.choice(words, 700)), encoding="utf-8")

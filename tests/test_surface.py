@@ -62,7 +62,7 @@ def test_verbs() -> None:
 
 
 def test_step_metrics() -> None:
-    from xgen.train.folder import STEP_KEYS
+    from xgen.training.folder import STEP_KEYS
 
     assert list(STEP_KEYS) == STEP_METRICS.split()
 

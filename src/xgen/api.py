@@ -14,9 +14,9 @@ from xgen.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from xgen.loaded import LoadedModel
-    from xgen.train.run import Clock, Run
-    from xgen.train.signals import Signals
-    from xgen.train.step import State
+    from xgen.training.run import Clock, Run
+    from xgen.training.signals import Signals
+    from xgen.training.step import State
 
 
 class Task(Protocol):
@@ -61,9 +61,9 @@ def train(
     `recipe` is a shipped name, a file or a `Recipe`; `overrides` are "key=value" as on the command line. Returns the
     result (docs/reference/run-folder.md lists its keys). Raises the errors of `xgen.errors`.
     """
-    from xgen.train.hardware import use_compilation_cache
-    from xgen.train.run import Clock, create, first_state
-    from xgen.train.signals import Signals
+    from xgen.training.hardware import use_compilation_cache
+    from xgen.training.run import Clock, create, first_state
+    from xgen.training.signals import Signals
 
     begin, watched, signals = time.perf_counter(), display or Silent(), Signals()
     wanted = recipe if isinstance(recipe, Recipe) else resolve(recipe, overrides)
@@ -80,9 +80,9 @@ def resume(run: str | Path, *, overrides: Iterable[str] = (), display: Display |
 
     `overrides` may change `checkpoints.*` and `evaluation.*` only.
     """
-    from xgen.train.hardware import use_compilation_cache
-    from xgen.train.run import reopen, restore
-    from xgen.train.signals import Signals
+    from xgen.training.hardware import use_compilation_cache
+    from xgen.training.run import reopen, restore
+    from xgen.training.signals import Signals
 
     begin, watched, signals = time.perf_counter(), display or Silent(), Signals()
     folder = Path(run)
@@ -154,9 +154,9 @@ def sources_override(data: Iterable[str]) -> list[str]:
 def _finish(run: Run, state: State, clock: Clock, watched: Display, signals: Signals, begin: float) -> dict[str, Any]:
     """Train what is left, measure, write result and report; a run that stops early has a report as well."""
     from xgen.report.page import write_report
-    from xgen.train.after import measure, result
-    from xgen.train.hardware import peak_memory
-    from xgen.train.loop import train as train_stages
+    from xgen.training.after import measure, result
+    from xgen.training.hardware import peak_memory
+    from xgen.training.loop import train as train_stages
 
     earlier = clock.seconds
     try:

@@ -15,7 +15,7 @@ from xgen.errors import CheckpointError, DataError
 from xgen.model import Spec, Weights, logits, nll, parameter_count
 from xgen.recipe.load import load_recipe
 from xgen.tokens.tokenizer import Tokenizer, load_tokenizer
-from xgen.train.checkpoints import choose, read_weights
+from xgen.training.checkpoints import choose, read_weights
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def test_what_was_written_is_read_back(folder):
 def test_the_made_up_run_has_the_names_that_runs_write(folder):
     """The other side of the files: a name that training or measurement changes must be changed here too."""
     from xgen.measure import stages as writer
-    from xgen.train.folder import STEP_KEYS
+    from xgen.training.folder import STEP_KEYS
 
     assert set(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])) == set(STEP_KEYS)
     made_up = measurements(FINISHED)

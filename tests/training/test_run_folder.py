@@ -14,7 +14,7 @@ import pytest
 from micro_runs import RECIPE, STAGES, Micro, assert_one_error, command, lines, small_disk
 
 from xgen.recipe.load import load_recipe
-from xgen.train.folder import STEP_KEYS
+from xgen.training.folder import STEP_KEYS
 
 
 def test_a_line_a_step_with_all_its_keys(micro: Micro) -> None:

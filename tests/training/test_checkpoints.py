@@ -166,7 +166,7 @@ def test_a_file_size_limit_is_one_line_and_loses_nothing(micro: Micro, tmp_path:
 
 
 def test_a_failed_save_stops_the_run_at_once(micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xgen.train import checkpoints
+    from xgen.training import checkpoints
 
     def fail(path: Path, _: object) -> None:
         raise StorageError(f"cannot write {path}: the cable is out")
@@ -193,7 +193,7 @@ def _state(seed: int):  # type: ignore[no-untyped-def]
     import optax
 
     from xgen.model import Spec, initialise
-    from xgen.train.step import State
+    from xgen.training.step import State
 
     recipe = load_recipe("tiny", ["model.layers=1", "model.hidden_size=8", "model.heads=2", "tokenizer.name=bpe:257"])
     weights = initialise(Spec.of(recipe.recipe, 257), seed)
@@ -204,7 +204,7 @@ def _state(seed: int):  # type: ignore[no-untyped-def]
 def test_retention_keeps_the_last_the_multiples_and_the_stage_ends(
     tmp_path: Path, keep_last: int, keep_every: int
 ) -> None:
-    from xgen.train.checkpoints import Saver, list_checkpoints
+    from xgen.training.checkpoints import Saver, list_checkpoints
 
     saved: list[int] = []
     policy = Checkpoints(every=100, keep_last=keep_last, keep_every=keep_every)
@@ -244,7 +244,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     import optax
 
     from xgen.model import Spec
-    from xgen.train.checkpoints import Saver, read_state, stored_weights_sha256, weights_sha256
+    from xgen.training.checkpoints import Saver, read_state, stored_weights_sha256, weights_sha256
 
     state = _state(3)
     draw = np.random.default_rng(random.Random(4).randrange(2**32))
@@ -269,7 +269,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     """Its stage's name and its files stay: at no moment is there none."""
-    from xgen.train.checkpoints import Saver, list_checkpoints
+    from xgen.training.checkpoints import Saver, list_checkpoints
 
     saver = Saver(tmp_path, Checkpoints(every=1), lambda _: None)
     saver.save(_state(1), 100, 1, "first")
@@ -284,7 +284,7 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path) -> None
 def test_an_update_that_is_not_finite_is_not_made(micro: Micro, tmp_path: Path) -> None:
     """So high a rate makes the very first update overflow: what is saved are the weights as they were drawn."""
     from xgen.model import Spec, initialise
-    from xgen.train.checkpoints import weights_sha256
+    from xgen.training.checkpoints import weights_sha256
 
     run = tmp_path / "run"
     done = command("train", micro.recipe, "--run", run, "optimizer.learning_rate=1e30")
@@ -311,7 +311,7 @@ def test_a_non_finite_step_keeps_the_state_before_it(
     micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     """At a stage's first step, and within one: the run goes on from there as if nothing had been."""
-    from xgen.train import loop
+    from xgen.training import loop
 
     rate = loop.learning_rate
 

@@ -11,11 +11,11 @@ from typing import Any
 from xgen.errors import CheckpointError
 from xgen.measure import Measurements, measure_checkpoints
 from xgen.model import parameter_count
-from xgen.train.checkpoints import Checkpoint, list_checkpoints, read_weights
-from xgen.train.evaluate import scorer
-from xgen.train.folder import CHECKPOINTS, MEASUREMENTS, METRICS, RESULT, read_lines, write_json
-from xgen.train.hardware import peak_memory
-from xgen.train.run import Run
+from xgen.training.checkpoints import Checkpoint, list_checkpoints, read_weights
+from xgen.training.evaluate import scorer
+from xgen.training.folder import CHECKPOINTS, MEASUREMENTS, METRICS, RESULT, read_lines, write_json
+from xgen.training.hardware import peak_memory
+from xgen.training.run import Run
 
 Progress = Callable[[float], None]
 

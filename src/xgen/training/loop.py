@@ -14,14 +14,14 @@ from xgen.data.prefetch import prefetch
 from xgen.data.reader import Batch
 from xgen.errors import NonFiniteError, RecipeError, StoppedBySignal
 from xgen.model import flops_per_token
-from xgen.train.checkpoints import Checkpoint, Saver
-from xgen.train.evaluate import evaluate, loop_tokens, write_sample
-from xgen.train.folder import CHECKPOINTS
-from xgen.train.hardware import memory_limit, peak_flops
-from xgen.train.run import Clock, Run
-from xgen.train.schedule import learning_rate
-from xgen.train.signals import Signals
-from xgen.train.step import Metrics, State, StepFunction, Tokens, compile_step, mean_loss_by_position
+from xgen.training.checkpoints import Checkpoint, Saver
+from xgen.training.evaluate import evaluate, loop_tokens, write_sample
+from xgen.training.folder import CHECKPOINTS
+from xgen.training.hardware import memory_limit, peak_flops
+from xgen.training.run import Clock, Run
+from xgen.training.schedule import learning_rate
+from xgen.training.signals import Signals
+from xgen.training.step import Metrics, State, StepFunction, Tokens, compile_step, mean_loss_by_position
 
 _NAMED_DOCUMENTS = 12
 

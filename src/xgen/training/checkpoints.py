@@ -25,7 +25,7 @@ from jaxtyping import Array
 from xgen.errors import CheckpointError, StorageError
 from xgen.model import Spec, Weights, abstract, as_dict, from_dict
 from xgen.recipe.schema import Checkpoints
-from xgen.train.step import State
+from xgen.training.step import State
 
 _PARTIAL = "partial-"
 _MANIFEST = "manifest.json"

@@ -24,7 +24,7 @@ from micro_runs import (
 )
 
 SLOW_SAVES = """
-import time, xgen.train.checkpoints as c
+import time, xgen.training.checkpoints as c
 save = c._orbax_save
 c._orbax_save = lambda path, tree: (time.sleep(60), save(path, tree))
 """
@@ -107,7 +107,7 @@ def test_a_kill_before_the_run_exists_lets_the_same_command_begin_again(micro: M
     run = tmp_path / "run"
     for patch in (
         "import os, xgen.data.prepare as p; p._assemble = lambda *a: os._exit(9)",  # texts tokenised, no store yet
-        "import os, xgen.train.run as r; r.replace_text = lambda *a: os._exit(9)",  # all but recipe.toml
+        "import os, xgen.training.run as r; r.replace_text = lambda *a: os._exit(9)",  # all but recipe.toml
         "import os, xgen.api as a; a._record_start = lambda *a: os._exit(9)",  # recipe.toml, not one step
     ):
         assert run_process("train", micro.recipe, "--run", run, patch=patch).code == 9
@@ -121,7 +121,7 @@ def test_a_kill_within_the_last_measurement_is_made_up_for(micro: Micro, tmp_pat
     run = micro.copy(tmp_path / "run")
     (run / "result.json").unlink()
     (run / "evals/after_training.json").unlink()
-    patch = "import os, xgen.train.after as a; a.measure_checkpoints = lambda *a: os._exit(9)"
+    patch = "import os, xgen.training.after as a; a.measure_checkpoints = lambda *a: os._exit(9)"
     assert run_process("train", "--resume", run, patch=patch).code == 9
     assert not (run / "result.json").exists()
     done = command("train", "--resume", run)

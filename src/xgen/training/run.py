@@ -19,10 +19,10 @@ from xgen.model import Spec, initialise
 from xgen.recipe.load import changed_keys, dump_toml
 from xgen.recipe.schema import Recipe
 from xgen.tokens.tokenizer import Tokenizer
-from xgen.train import optimizer
-from xgen.train.checkpoints import newest_whole, read_state
-from xgen.train.folder import CHECKPOINTS, METRICS, RECIPE, RESULT, STORES, Recorder, replace_text, write_json
-from xgen.train.step import State
+from xgen.training import optimizer
+from xgen.training.checkpoints import newest_whole, read_state
+from xgen.training.folder import CHECKPOINTS, METRICS, RECIPE, RESULT, STORES, Recorder, replace_text, write_json
+from xgen.training.step import State
 
 SOURCES = "sources.json"
 """Beside the recipe: the fingerprint of each source's store, so that a resumed run meets the same text."""
