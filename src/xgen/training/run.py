@@ -51,7 +51,7 @@ class Run:
         splits = {name: store.held_out for name, store in self.stores.items()}
         if not any(split.documents for split in splits.values()):
             return None
-        return sample_documents(splits, tokens, max(self.recipe.evaluation.contexts))
+        return sample_documents(splits, tokens, max(self.recipe.evaluation.contexts) + 1)  # and the end-of-text
 
 
 @dataclass
