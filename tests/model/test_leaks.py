@@ -55,16 +55,16 @@ def test_another_row_is_not_seen():
     np.testing.assert_array_equal(before[1], after[1])
 
 
-def causal_only(_, start, stop):
-    return jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
+def causal_only(query_places, key_places, _, __):
+    return query_places[:, None] >= key_places
 
 
-def documents_only(segments, start, stop):
-    return segments[start:stop, None] == segments[None, :stop]
+def documents_only(_, __, query_segments, key_segments):
+    return query_segments[:, None] == key_segments
 
 
-def full(_, start, stop):
-    return jnp.ones((stop - start, stop), bool)
+def full(query_places, key_places, _, __):
+    return jnp.ones((query_places.size, key_places.size), bool)
 
 
 @pytest.mark.parametrize("mask", [causal_only, documents_only, full])

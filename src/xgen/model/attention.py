@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +52,8 @@ def reference(q: Array, k: Array, v: Array, segments: Array) -> Array:
 
 
 def blockwise(q: Array, k: Array, v: Array, segments: Array) -> Array:
-    """Attention in tiles of queries and keys, the tiles above the diagonal left out; the softmax is carried from tile to
-    tile, and the backward pass recomputes the scores from its saved log-sum-exp (Dao et al. 2022)."""
+    """Attention in tiles of queries and keys, those above the diagonal left out: the softmax is carried from tile to
+    tile, and the backward pass recomputes the scores from its log-sum-exp (Dao et al. 2022)."""
     b, s, h, e = q.shape
     kv = k.shape[2]
     rows = jnp.repeat(segments, kv, axis=0)  # one row of work per sequence and key head
@@ -77,8 +77,8 @@ def _to_rows(x: Float[Array, "B S H E"], kv_heads: int) -> Float[Array, "R G S E
 
 
 def _over_rows(function: Callable[..., tuple[Array, ...]], length: int) -> Callable[..., tuple[Array, ...]]:
-    """Short rows run as one batch; long ones a row at a time, which keeps memory linear in the length and the
-    scores in cache (half the time of one batched product at 4,096 positions)."""
+    """Short rows run as one batch; long ones a row at a time, which keeps the scores few and in cache (half the time
+    of one batched product at 4,096 positions)."""
     if length <= BLOCK:
         return jax.vmap(function)
     return lambda *arrays: jax.lax.map(lambda row: function(*row), arrays)
@@ -104,7 +104,8 @@ def _rows_backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array | N
 _rows_attention.defvjp(_rows_forward, _rows_backward)
 
 
-class _Tiles(NamedTuple):
+@dataclass(frozen=True)
+class _Tiles:
     """A row cut into equal tiles, zeros after its end. Nothing real sees what stands there: it comes later."""
 
     length: int

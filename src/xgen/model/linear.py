@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def project(x: Float[Array, "*T D"], weight: Float[Array, D * N]) -> Float[Array, ...]:
+def project(
+    x: Float[Array, "*T D"],
+    weight: Float[Array, "D *N"],  # noqa: UP037 - a shape, not a product
+) -> Float[Array, "*TN"]:
     """`x` times `weight` over the last axis of `x`: [*T, *N], in the type of `x`."""
     leading, outputs = x.shape[:-1], weight.shape[1:]
     flat = _product(x.reshape(-1, x.shape[-1]), weight.reshape(weight.shape[0], math.prod(outputs)))

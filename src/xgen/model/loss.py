@@ -71,7 +71,7 @@ def _loss_forward(
 
     parts = _chunks((x, targets, weights), head.shape[1])
     head_gradient, (totals, nll, x_gradient) = jax.lax.scan(chunk, jnp.zeros(head.shape, wide), parts)
-    # XLA's CPU would fold the transpose of a tied head into a lone chunk's product, in a form it cannot run in bfloat16.
+    # XLA's CPU would fold a tied head's transpose into a lone chunk's product, a form it cannot run in bfloat16.
     head_gradient = jax.lax.optimization_barrier(head_gradient)
     tokens = x.shape[0]
     saved = (x_gradient.reshape(-1, x.shape[1])[:tokens], head_gradient, weights)
