@@ -63,11 +63,6 @@ samples = 1
 STAGES = {"16": (16, 2560), "32": (32, 3840), "64": (64, 5120)}
 """Length and last token of each stage of `RECIPE`."""
 
-CACHE = {
-    "jax_compilation_cache_dir": "",
-    "jax_persistent_cache_min_compile_time_secs": "0",
-    "jax_persistent_cache_min_entry_size_bytes": "-1",
-}
 _MAIN = "from xgen.cli.app import main; main()"
 
 
@@ -111,15 +106,9 @@ def write_texts(folder: Path, documents: int = 20, words: int = 400) -> Path:
 
 @cache
 def _micro(base: Path) -> Micro:
-    import jax
-
     from xgen import api
 
-    # Compiled once for this process and all it starts, the small programs too: JAX's own settings, which win.
-    for name, value in CACHE.items():
-        value = value or str(base / "cache")
-        os.environ[name.upper()] = value
-        jax.config.update(name, value if name.endswith("dir") else int(value))
+    os.environ["XGEN_CACHE"] = str(base / "cache")  # compiled once for this process and all it starts
     texts = write_texts(base / "texts")
     recipe = base / "micro.toml"
     recipe.write_text(RECIPE.format(texts=json.dumps(str(texts))))

@@ -68,7 +68,7 @@ def test_preparation_is_one_task_a_source(micro: Micro, tmp_path: Path) -> None:
 def test_data_replaces_the_recipe_s_sources(micro: Micro, tmp_path: Path) -> None:
     """A ready store brings its tokenizer; the run is the recipe's, on other text."""
     store = tmp_path / "ready"
-    assert command("prepare", micro.texts, "--out", store, "--tokenizer", "bpe:280", "--held-out", "0.2").code == 0
+    assert command("prepare", micro.texts, "--out", store, "--tokenizer", "bpe:300", "--held-out", "0.2").code == 0
     run = tmp_path / "run"
     done = command("train", micro.recipe, "--run", run, "--data", store, "--json", "-", "evaluation.every=1M")
     assert done.code == 0, done.err

@@ -74,6 +74,25 @@ DAMAGES = (_truncate, _flip, _delete, _delete_manifest, _garble_manifest, _falsi
 
 
 @pytest.mark.parametrize("spoil", DAMAGES)
+def test_damage_is_named_set_aside_and_stepped_over(
+    micro: Micro, tmp_path: Path, spoil: Callable[[Path], Path]
+) -> None:
+    from xgen.training.checkpoints import newest_whole
+
+    folder = micro.copy(tmp_path / "run") / "checkpoints"
+    file = spoil(folder / f"{5120:015d}")
+    told: list[str] = []
+    chosen = newest_whole(folder, told.append)
+    assert chosen is not None
+    assert (chosen.tokens, chosen.step, chosen.stage) == (4608, 18, "")
+    assert len(told) == 1
+    assert str(file) in told[0]
+    assert (folder / f"{5120:015d}.damaged").is_dir()
+
+
+@pytest.mark.parametrize(
+    "spoil", [_flip, *(pytest.param(one, marks=pytest.mark.slow) for one in DAMAGES if one != _flip)]
+)
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(
     micro: Micro, tmp_path: Path, spoil: Callable[[Path], Path]
 ) -> None:
