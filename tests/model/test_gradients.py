@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain_decoder as plain
 import pytest
-from shapes import batch_of, exact, quick_jit, relative_error, spec_of, weights_of
+from small_models import batch_of, exact, quick_jit, relative_error, spec_of, weights_of
 
 from xgen.model import as_dict, forward, logits, nll, objective
 from xgen.model import attention as attention_module

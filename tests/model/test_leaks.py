@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shapes import VARIANTS, batch_of, quick_jit, spec_of, weights_of
+from small_models import VARIANTS, batch_of, quick_jit, spec_of, weights_of
 
 from xgen.model import attention as attention_module
 from xgen.model import logits

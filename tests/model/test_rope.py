@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shapes import spec_of
+from small_models import spec_of
 
 from xgen.model.rope import angles, attention_factor, frequencies, rotate
 from xgen.recipe.schema import Model, RopeScaling

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from shapes import quick_jit, relative_error
+from small_models import quick_jit, relative_error
 
 from xgen.model import WEIGHTS, Spec, as_dict, from_dict, logits, objective
 from xgen.model.weights import rows

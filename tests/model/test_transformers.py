@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shapes import batch_of, weights_of
+from small_models import batch_of, weights_of
 
 from xgen.model import Spec, as_dict, logits
 from xgen.model.rope import attention_factor, frequencies

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shapes import VARIANTS, spec_of
+from small_models import VARIANTS, spec_of
 
 from xgen.errors import CheckpointError, RecipeError
 from xgen.model import (

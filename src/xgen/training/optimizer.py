@@ -24,8 +24,11 @@ def _adam(optimizer: Optimizer) -> optax.GradientTransformation:
 
 
 def _muon(optimizer: Optimizer) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for the layers' matrices, Adam for the rest. `consistent_rms` 0.2 gives Muon's
-    updates the root mean square of Adam's (Liu et al. 2025), so that one rate and one decay serve both."""
+    """Muon (Jordan et al. 2024) for the layers' matrices, Adam for the rest, both with Nesterov's momentum.
+
+    `consistent_rms` 0.2 gives Muon's updates the root mean square of Adam's (Liu et al. 2025), so that one rate and
+    one decay serve both.
+    """
     descent = contrib.muon(
         learning_rate=1.0,
         eps=optimizer.epsilon,

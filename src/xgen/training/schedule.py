@@ -17,6 +17,8 @@ def learning_rate(recipe: Recipe, tokens: int) -> float:
     optimizer = recipe.optimizer
     if tokens < optimizer.warmup:
         return optimizer.learning_rate * tokens / optimizer.warmup
-    done = (tokens - optimizer.warmup) / max(recipe.total_tokens - optimizer.warmup, 1)
+    # The stages' tokens as the recipe gives them: what a batch rounds them up to would let the batch enter.
+    planned = sum(stage.tokens for stage in recipe.stages)
+    done = (tokens - optimizer.warmup) / max(planned - optimizer.warmup, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     return optimizer.learning_rate * (optimizer.final_fraction + (1 - optimizer.final_fraction) * cosine)
