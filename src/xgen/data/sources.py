@@ -63,7 +63,9 @@ class Faults:
     def met(self, kind: str, where: str, what: str) -> None:
         """Raise `DataError` for the fault, or count it under `kind`."""
         if self.on_error == "stop":
-            raise DataError(f"{where}: {what}; mend it, or leave such documents out with `--on-error skip`")
+            raise DataError(
+                f"{where}: {what}; mend it, or leave such documents out with `xgen prepare --on-error skip`"
+            )
         self.skipped[kind] += 1
 
 
@@ -275,7 +277,7 @@ def _decode(raw: bytes, where: str, faults: Faults) -> str | None:
 
 
 def _absent(wanted: str, there: Any) -> str:
-    return f"{wanted!r}; there is {', '.join(map(repr, there)) or 'none'}, so name the one to read with `--text-field`"
+    return f"{wanted!r}; there is {', '.join(map(repr, there)) or 'none'}, so name the one to read with `xgen prepare --text-field`"
 
 
 def _shown(value: object) -> str:

@@ -23,6 +23,9 @@ from xgen.measure.losses import (
 )
 from xgen.measure.text import Sample, xz_bits_per_byte
 
+_LARGEST_EXPONENT = 700.0
+"""Of a perplexity: a broken model's may pass what a float holds; its loss is there to tell."""
+
 Progress = Callable[[float], None]
 """Told the share of the work that is done, 0 to 1, never falling."""
 
@@ -186,7 +189,7 @@ def _strided(
             low=mean.low,
             high=mean.high,
             loss_per_document=even.value,
-            perplexity=math.exp(mean.value),
+            perplexity=math.exp(min(mean.value, _LARGEST_EXPONENT)),
             bits_per_byte=float(sums.loss.sum() / math.log(2) / sums.bytes.sum()),
             documents=mean.documents,
             tokens=int(sums.tokens.sum()),
