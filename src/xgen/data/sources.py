@@ -277,7 +277,8 @@ def _decode(raw: bytes, where: str, faults: Faults) -> str | None:
 
 
 def _absent(wanted: str, there: Any) -> str:
-    return f"{wanted!r}; there is {', '.join(map(repr, there)) or 'none'}, so name the one to read with `xgen prepare --text-field`"
+    found = ", ".join(map(repr, there)) or "none"
+    return f"{wanted!r}; there is {found}, so name the one to read with `xgen prepare --text-field`"
 
 
 def _shown(value: object) -> str:
