@@ -7,7 +7,7 @@ import pytest
 from small_models import VARIANTS, batch_of, quick_jit, spec_of, weights_of
 
 from xgen.model import attention as attention_module
-from xgen.model import logits
+from xgen.model import last_logits, logits
 
 ROWS = [[9, 1, 23, 4], [5, 5, 17, 10]]
 """Documents of each row: a short one, one of a single token, and one across the blocks of 24."""
@@ -112,3 +112,15 @@ def test_a_document_has_the_logits_it_has_alone():
     places = jnp.arange(stop - start)[None]
     score = quick_jit(lambda ids: logits(weights, spec, ids, jnp.zeros_like(ids), places))
     np.testing.assert_allclose(packed[0, start:stop], np.asarray(score(alone))[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_logits_are_those_of_the_first_tokens():
+    """What stands after them in the row is not looked at."""
+    spec = spec_of("grouped_tied")
+    weights, (ids, _, segments, positions) = weights_of(spec), batch_of(spec, [[37], [37]])
+    whole = quick_jit(lambda ids: logits(weights, spec, ids, segments, positions))(ids)
+    last = quick_jit(lambda ids, length: last_logits(weights, spec, ids, length))
+    for length in (1, 24, 25, 37):
+        found = last(ids, jnp.asarray(length))
+        np.testing.assert_allclose(found, whole[:, length - 1], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(found, last(ids.at[:, length:].set(0), jnp.asarray(length)))
