@@ -1,7 +1,7 @@
 # One command for everything: `make check`. PYTHON may name another interpreter.
 PYTHON ?= python3
 
-.PHONY: check lint types test slow golden
+.PHONY: check lint types test slow
 
 check: lint types test
 

@@ -72,6 +72,8 @@ def train(
         with _Tasks(watched) as tasks:
             opened = create(wanted, Path(run), Path.cwd(), tasks.report)
         _record_start(opened)
+        if opened.held_out(opened.recipe.evaluation.tokens) is None:
+            watched.note("no source has held-out documents: nothing will be measured (set data.held_out above 0)")
         return _finish(opened, first_state(opened), Clock(), watched, signals, begin)
 
 
@@ -145,7 +147,8 @@ def sources_override(data: Iterable[str]) -> list[str]:
     if twice:
         raise RecipeError(f"--data: two sources are called {', '.join(twice)}; tell them apart with --data NAME=PATH")
     sources = ", ".join(f"{json.dumps(name)} = {json.dumps(place)}" for name, _, place in named)
-    overrides = [f"data.sources={{ {sources} }}"]
+    told = ", ".join(place for _, _, place in named)
+    overrides = [f"data.sources={{ {sources} }}", f"description={json.dumps(f'Trained on {told}')}"]
     if any(is_store(Path(place)) for _, _, place in named):
         overrides.append("tokenizer.name=store")
     return overrides

@@ -5,6 +5,7 @@ The command line prints them as one message without a traceback and leaves with 
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 
@@ -46,4 +47,6 @@ class StorageError(XgenError):
     @classmethod
     def writing(cls, path: Path, cause: OSError) -> StorageError:
         """The error for `cause` met while writing `path`."""
-        return cls(f"cannot write {path}: {cause.strerror or cause}; free some space or choose another folder")
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space or choose another folder" if full else "choose a place that you may write to"
+        return cls(f"cannot write {path}: {cause.strerror or cause}; {remedy}")

@@ -43,7 +43,10 @@ class LoadedModel:
         return np.asarray(_loss(self.weights, self.spec, checked))
 
     def _checked(self, ids: Int[np.ndarray, "B S"]) -> jax.Array:
-        array = np.asarray(ids)
+        try:
+            array = np.asarray(ids)
+        except ValueError as cause:
+            raise DataError("the rows of ids have different lengths; score them one by one") from cause
         if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
             raise DataError(f"ids must be whole numbers of shape [batch, length], got {array.dtype} {array.shape}")
         if array.size and not 0 <= int(array.min()) <= int(array.max()) < self.spec.real_vocab:

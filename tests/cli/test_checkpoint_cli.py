@@ -71,7 +71,7 @@ def test_hash_is_of_the_weights_in_table_order(micro: Micro) -> None:
 @pytest.mark.parametrize(
     ("verb", "model", "wanted"),
     [
-        ("hash", "@nosuch", "has 16, 32, 64, 2560, 3840, 4608, 5120"),
+        ("hash", "@nosuch", "has stages 16, 32, 64, and tokens 2560, 3840, 4608, 5120"),
         ("hash", "@1", "no such checkpoint"),
         ("verify", "/nowhere", "no such checkpoint"),
         ("list", "/nowhere", "has no checkpoints folder"),

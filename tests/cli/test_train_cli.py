@@ -51,7 +51,9 @@ def test_plain_lines_tell_the_run(micro: Micro, tmp_path: Path) -> None:
     run = micro.copy(tmp_path / "run", tokens=3840)
     done = command("train", "--resume", run)
     assert done.code == 0
-    assert done.out == f"report: {run / 'report.html'}\n"
+    figures, report = done.out.splitlines()
+    assert " bits per byte (xz -9e: " in figures
+    assert report == f"report: {run / 'report.html'}"
     told = done.err.splitlines()
     assert "stage 64" in told
     assert any(line.startswith("5.12K of 5.12K tokens (100 %)") for line in told)
@@ -80,3 +82,23 @@ def test_data_replaces_the_recipe_s_sources(micro: Micro, tmp_path: Path) -> Non
 def test_two_sources_of_one_name_are_refused(micro: Micro, tmp_path: Path) -> None:
     done = command("train", micro.recipe, "--run", tmp_path / "r", "--data", "a/texts", "--data", "b/texts")
     assert_one_error(done, 2, "texts", "NAME=")
+
+
+def test_the_version_is_told() -> None:
+    told = command("--version")
+    assert told.code == 0
+    assert told.out.startswith("xgen ")
+
+
+def test_a_run_does_not_move_into_a_folder_of_texts(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear reader", encoding="utf-8")
+    told = command("train", "tiny", "--run", tmp_path)
+    assert told.code == 2
+    assert "letter.txt" in told.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["letter.txt"]
+
+
+def test_what_is_missing_is_what_is_asked_for(tmp_path: Path) -> None:
+    assert "--run DIR" in command("train", "tiny").err
+    assert "RECIPE" in command("train", "--run", tmp_path / "run").err
+    assert "takes no recipe" in command("train", "tiny", "--resume", tmp_path).err

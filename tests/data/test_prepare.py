@@ -347,3 +347,24 @@ def test_a_store_is_read_only(folder: Path, tmp_path: Path, tokenizer: Tokenizer
     make([folder], tmp_path / "store", tokenizer)
     with pytest.raises(ValueError, match="read-only"):
         open_store(tmp_path / "store").train.tokens[0] = 1
+
+
+@pytest.mark.parametrize("held_out", [-0.1, 1.5])
+def test_an_impossible_share_is_told_before_a_tokenizer_is_trained(folder: Path, held_out: float) -> None:
+    with pytest.raises(DataError, match=f"held_out is {held_out:g}"):
+        choose_tokenizer("bpe:300", [list_files(folder)], held_out, "stop", "<|endoftext|>")
+
+
+def test_a_text_of_two_sources_is_on_one_side_in_both(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [f"document {number} says {number * number}" for number in range(60)]
+    for place, prefix in (("a", "x"), ("b/deeper", "y")):
+        (tmp_path / place).mkdir(parents=True)
+        for number, text in enumerate(texts):
+            (tmp_path / place / f"{prefix}{number}.txt").write_text(text, encoding="utf-8")
+    sides = []
+    for source in ("a", "b"):
+        make([tmp_path / source], tmp_path / f"store_{source}", tokenizer, held_out=0.3)
+        split = open_store(tmp_path / f"store_{source}").held_out
+        sides.append({tuple(split.document(index).tolist()) for index in range(split.documents)})
+    assert sides[0] == sides[1]
+    assert sides[0]

@@ -87,7 +87,9 @@ def test_parquet_in_several_row_groups(tmp_path: Path) -> None:
     many = [f"text {number}" for number in range(1000)]
     pyarrow.parquet.write_table(pyarrow.table({"id": range(1000), "body": many}), path, row_group_size=300)
     assert texts(path, text_field="body") == many
-    with pytest.raises(DataError, match=r"no column 'text'; there is 'id', 'body', so name .* `xgen prepare --text-field`"):
+    with pytest.raises(
+        DataError, match=r"no column 'text'; there is 'id', 'body', so name .* `xgen prepare --text-field`"
+    ):
         texts(path)
 
 

@@ -262,7 +262,7 @@ def test_intervals_that_are_not_known_are_not_drawn_and_nothing_is_concluded(tmp
 def test_many_stages_have_their_colours_and_labels(tmp_path):
     names = [f"s{i}" for i in range(9)]
     run = replace(
-        FINISHED, names=names, lengths=[32 * 2**i for i in range(9)], tokens=[131_072] * 9, batch_tokens=16_384
+        FINISHED, names=names, lengths=[32 * 2**i for i in range(9)], tokens=[131_072] * 9, batch_tokens=2_048
     )
     page = Page(write_report(write_run(tmp_path / "run", run)).read_text(encoding="utf-8"))
     assert page.text.count("At the switch to") == 8

@@ -77,7 +77,7 @@ def test_held_out_text_was_not_trained_on(micro: Micro) -> None:
     store = open_store(micro.straight / "stores/texts")
     held_out = [store.held_out.name(i) for i in range(store.held_out.documents)]
     train = [store.train.name(i) for i in range(store.train.documents)]
-    assert len(held_out) == measured["text"]["documents"] == 7
+    assert len(held_out) == measured["text"]["documents"] >= 2
     assert sorted(held_out + train) == sorted(file.name for file in micro.texts.iterdir())
     parts = [(micro.texts / name).read_bytes() for name in sorted(held_out)]
     assert sum(map(len, parts)) >= measured["text"]["bytes"]

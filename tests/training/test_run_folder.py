@@ -167,7 +167,7 @@ def test_short_held_out_documents_give_notes_and_a_report(micro: Micro, tmp_path
     words = (micro.texts / "00.txt").read_text().split()
     texts = {f"{n:03}.txt": " ".join(words[n : n + 4 + n % 3]) + f" {n}" for n in range(300)}
     run, done = _train(tmp_path, texts)
-    assert "No held-out document has the 64 tokens" in done.err
+    assert "No held-out document has the 65 tokens" in done.err
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["fixed_target"] == []
     assert result["bits_per_byte"] > 0

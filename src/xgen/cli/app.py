@@ -19,7 +19,7 @@ from xgen.errors import StoppedBySignal, XgenError
 
 app = typer.Typer(
     name="xgen",
-    help="Train, tune, test and serve long-context language models in stages.",
+    help="Pre-train long-context language models in stages.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -34,16 +34,22 @@ app.add_typer(checkpoint_app, name="checkpoint")
 _DEBUG = "--debug"
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error.")] = False,  # noqa: ARG001 - read in main
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from xgen import __version__
 
         typer.echo(f"xgen {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+    ] = False,
+    debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options before the verb."""
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ def check_target(target: str | None) -> None:
     if target is None or target == "-":
         return
     place = Path(target)
+    if place.absolute().parent.is_dir() and not os.access(
+        place if place.exists() else place.absolute().parent, os.W_OK
+    ):
+        raise StorageError(f"cannot write {target}: permission denied; choose a place that you may write to")
     if place.is_dir() or not place.absolute().parent.is_dir():
         what = "it is a folder" if place.is_dir() else f"there is no folder {place.absolute().parent}"
         raise StorageError(f"cannot write {target}: {what}; name a file for the result")

@@ -54,11 +54,12 @@ def prepare(
     Interrupted, it goes on where it was when called again.
     """
     from xgen.cli.progress import Progress
-    from xgen.data.prepare import check_place, choose_tokenizer
+    from xgen.data.prepare import check_held_out, check_place, choose_tokenizer
     from xgen.data.prepare import prepare as make_store
     from xgen.data.sources import list_files
 
     check_place(out)
+    check_held_out(held_out)
     files = [file for source in sources for file in list_files(source, text_field, split_field)]
     with Progress(0, quiet=quiet) as display:
         with display.task(f"tokenizer {tokenizer}"):

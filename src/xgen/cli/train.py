@@ -42,17 +42,21 @@ def train(
     if resume is not None:
         if run is not None or data:
             raise RecipeError("--resume takes the run's own folder and sources: leave out --run and --data")
+        if recipe is not None and "=" not in recipe:
+            raise RecipeError(f"--resume takes no recipe, the run has its own: `xgen train --resume {resume}`")
         wanted = [text for text in (recipe, *(overrides or ())) if text is not None]
         with Progress(api.resolve_run(resume, wanted).total_tokens, quiet=quiet or json == "-") as display:
             found = api.resume(resume, overrides=wanted, display=display)
     else:
-        if recipe is None or run is None:
-            raise RecipeError(
-                "say what to train and where: `xgen train RECIPE --run DIR`, or `xgen train --resume DIR`"
-            )
+        if recipe is None:
+            raise RecipeError("say what to train: `xgen train RECIPE --run DIR` (see `xgen recipe list`)")
+        if run is None:
+            raise RecipeError(f"say where the run goes: add --run DIR, as in `xgen train {recipe} --run runs/mine`")
         loaded = api.resolve(recipe, [*api.sources_override(data or []), *(overrides or [])])
         with Progress(loaded.total_tokens, quiet=quiet or json == "-") as display:
             found = api.train(loaded, run=run, display=display)
     write_json(found, json)
     if not quiet and json != "-":
+        if found["bits_per_byte"] is not None:
+            typer.echo(f"{found['bits_per_byte']:.3f} bits per byte (xz -9e: {found['xz_bits_per_byte']:.3f})")
         typer.echo(f"report: {found['report']}")

@@ -49,8 +49,7 @@ def prepare(
     `on_error = "skip"`), when `out` exists, or when there are no documents; `StorageError` when the disk is full.
     """
     check_place(out)
-    if not 0 <= held_out < 1:
-        raise DataError(f"held_out is {held_out:g}; it is a share of the documents, at least 0 and below 1")
+    check_held_out(held_out)
     options = Options(held_out=held_out, on_error=on_error, text_field=text_field, split_field=split_field)
     files = [file for source in sources for file in list_files(source, text_field, split_field)]
     report = quietly if progress is None else progress
@@ -73,6 +72,12 @@ def check_place(out: Path) -> None:
         raise DataError(f"{out} exists already; remove it or choose another place for the store")
 
 
+def check_held_out(held_out: float) -> None:
+    """Raise `DataError` when `held_out` is no share that leaves something to train on."""
+    if not 0 <= held_out < 1:
+        raise DataError(f"held_out is {held_out:g}; it is a share of the documents, at least 0 and below 1, as in 0.05")
+
+
 def choose_tokenizer(
     name: str, sources: Sequence[Sequence[TextFile]], held_out: float, on_error: OnError, end_of_text: str
 ) -> Tokenizer:
@@ -82,6 +87,7 @@ def choose_tokenizer(
     size = name.removeprefix("bpe:")
     if not size.isdecimal():
         raise DataError(f"tokenizer {name!r}: after bpe: comes the number of ids, as in bpe:2048")
+    check_held_out(held_out)
     texts = (text for files in sources for text in training_texts(list(files), held_out, on_error))
     return train_bpe(texts, int(size))
 

@@ -1,7 +1,7 @@
 """Which documents are trained on, which are held out, and which are copies of an earlier one.
 
-Decided by the documents alone: by a hash of name and text, so that neither the order of the files nor
-documents added later move one from one side to the other.
+Decided by the documents alone: by a hash of the text, so that neither the order of the files, nor their names, nor
+documents added later move one from one side to the other; and a text that two sources share is on one side in both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Marks:
     digest: NDArray[np.uint64]
     """[documents, 2] of the text: equal texts are copies"""
     draw: NDArray[np.uint64]
-    """[documents] of name and text, uniform: small ones are held out"""
+    """[documents] of the text, uniform: small ones are held out"""
     given: NDArray[np.int8]
     """[documents] TRAIN or HELD_OUT where the source says so, or _OURS"""
 
@@ -36,9 +36,9 @@ class Marks:
     def of(cls, documents: Iterable[Document]) -> Self:
         digests, draws, given = bytearray(), bytearray(), []
         for document in documents:
-            text = document.text.encode()
-            digests += hashlib.sha256(text).digest()[:16]
-            draws += hashlib.sha256(document.name.encode() + b"\0" + text).digest()[:8]
+            digest = hashlib.sha256(document.text.encode()).digest()
+            digests += digest[:16]
+            draws += digest[16:24]
             given.append(_OURS if document.split is None else SPLITS.index(document.split))
         return cls(
             np.frombuffer(bytes(digests), "<u8").reshape(-1, 2), np.frombuffer(bytes(draws), "<u8"),

@@ -64,7 +64,8 @@ class Faults:
         """Raise `DataError` for the fault, or count it under `kind`."""
         if self.on_error == "stop":
             raise DataError(
-                f"{where}: {what}; mend it, or leave such documents out with `xgen prepare --on-error skip`"
+                f"{where}: {what}; mend it, or leave such documents out: "
+                "`xgen prepare SOURCE --out STORE --on-error skip`, then `--data STORE`"
             )
         self.skipped[kind] += 1
 

@@ -12,7 +12,11 @@ from xgen.report import words
 from xgen.report.read import Gain, Run, Strided, number
 
 NEIGHBOURS = 50
-"""Steps averaged on either side of a stage switch, and before an evaluation."""
+"""Steps averaged on either side of a stage switch, and before an evaluation; at most a tenth of a stage, so that what
+is learnt within the window does not pass for the switch."""
+
+FEWEST = 5
+"""Steps below which a mean says nothing."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def sentences(run: Run) -> list[str]:
         told.append(
             words.context_gain(gain.difference, gain.low, gain.high, gain.from_context, gain.to_context, gain.documents)
         )
+        told.append(_last_doubling(run, gain))
     if past is not None:
         told.append(
             words.past_length(
@@ -103,6 +108,20 @@ def sentences(run: Run) -> list[str]:
     return [text for text in told if text is not None]
 
 
+def _last_doubling(run: Run, headline: Gain) -> str | None:
+    """What the second half of the context adds, where the whole is said to help but this half does not."""
+    halves = [
+        one
+        for one in (run.measured.fixed_target_gain if run.measured else ())
+        if (one.checkpoint, one.from_context * 2, one.to_context)
+        == (headline.checkpoint, headline.to_context, headline.to_context)
+    ]
+    if not halves or words.verdict(headline.low, headline.high) != "gain":
+        return None
+    half = halves[0]
+    return words.last_doubling(half.difference, half.low, half.high, half.from_context, half.to_context)
+
+
 def _progress(run: Run) -> str | None:
     stage = None
     if 0 < run.tokens < run.recipe.total_tokens:
@@ -117,8 +136,10 @@ def _generalisation(run: Run) -> str | None:
     if not evaluations or not len(run.steps):
         return None
     last = evaluations[-1]
-    before = run.steps.loss[run.steps.tokens <= last.tokens][-NEIGHBOURS:]
-    if not before.size:
+    at = run.recipe.stage_at(last.tokens - 1)
+    stage = run.steps.loss[(run.steps.tokens <= last.tokens) & (run.steps.stage == at)]
+    before = stage[-min(NEIGHBOURS, stage.size // 10) :]
+    if stage.size // 10 < FEWEST:
         return None
     return words.generalisation(_mean(before), last.loss, before.size)
 
@@ -127,10 +148,10 @@ def _switches(run: Run) -> list[str]:
     told = []
     for i, stage in enumerate(run.recipe.stages[1:], start=1):
         start = run.recipe.stage_start(i)
-        before = run.steps.loss[run.steps.tokens <= start]
-        after = run.steps.loss[run.steps.tokens > start]
-        steps = min(NEIGHBOURS, before.size, after.size)
-        if steps:
+        before = run.steps.loss[(run.steps.tokens <= start) & (run.steps.stage == i - 1)]
+        after = run.steps.loss[run.steps.stage == i]
+        steps = min(NEIGHBOURS, before.size // 10, after.size // 10)
+        if steps >= FEWEST:
             told.append(words.switch(stage.name, _mean(before[-steps:]), _mean(after[:steps]), steps))
     return told
 

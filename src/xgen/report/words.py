@@ -152,6 +152,18 @@ def _between(low: float, high: float) -> str:
     return f"{NINETY_FIVE} interval {loss(small)} to {loss(large)}"
 
 
+def last_doubling(difference: float, low: float, high: float, from_context: int, to_context: int) -> str | None:
+    """A caution where the last doubling of the context adds nothing; None where it helps."""
+    told = verdict(low, high)
+    if told not in ("worse", "not shown"):
+        return None
+    effect = "does harm" if told == "worse" else "is not shown to help"
+    return (
+        f"The last doubling of the context, from {count(from_context)} to {count(to_context)} tokens, {effect}: "
+        f"{signed(difference)} nats per token ({NINETY_FIVE} interval {signed(low)} to {signed(high)})."
+    )
+
+
 def context_gain(difference: float, low: float, high: float, from_context: int, to_context: int, documents: int) -> str:
     """Whether the last checkpoint makes use of its whole context, against a part of it."""
     told = verdict(low, high)

@@ -26,7 +26,9 @@ def read_document(path: Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as cause:
-        raise DataError(f'there is no tokenizer {path}; use "xgen" or the path of a tokenizer.json') from cause
+        raise DataError(
+            f'there is no tokenizer {path}; use "xgen", the path of a tokenizer.json, or "bpe:N" (as bpe:8192)'
+        ) from cause
     except OSError as cause:
         raise DataError(f"cannot read the tokenizer {path}: {cause.strerror or cause}") from cause
     except ValueError as cause:

@@ -120,8 +120,10 @@ def choose(model: str) -> list[Path]:
     if wanted:
         paths = [path for path in paths if wanted.isdecimal() and int(path.name) == int(wanted)]
     if not paths:
-        there = ", ".join([*stages, *(str(int(path.name)) for path in _numbered(folder))]) or "none"
-        raise CheckpointError(f"{model}: no such checkpoint; {folder} has {there}")
+        tokens = ", ".join(str(int(path.name)) for path in _numbered(folder)) or "none"
+        raise CheckpointError(
+            f"{model}: no such checkpoint; {folder} has stages {', '.join(stages) or 'none'}, and tokens {tokens}"
+        )
     return paths
 
 

@@ -22,7 +22,7 @@ RESULT = "result.json"
 MEASUREMENTS = "evals/after_training.json"
 CHECKPOINTS = "checkpoints"
 STORES = "stores"
-_LOCK = ".lock"
+LOCK = ".lock"
 
 STEP_KEYS = (
     "step", "tokens", "stage", "length", "loss", "grad_norm", "update_norm", "param_norm", "lr",
@@ -120,9 +120,9 @@ def _claimed(run: Path) -> TextIOWrapper:
     """The run's lock file, locked for as long as it is open."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        claim = (run / _LOCK).open("a", encoding="utf-8")
+        claim = (run / LOCK).open("a", encoding="utf-8")
     except OSError as cause:
-        raise StorageError.writing(run / _LOCK, cause) from cause
+        raise StorageError.writing(run / LOCK, cause) from cause
     try:
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as cause:

@@ -21,11 +21,25 @@ from xgen.recipe.schema import Recipe
 from xgen.tokens.tokenizer import Tokenizer
 from xgen.training import optimizer
 from xgen.training.checkpoints import newest_whole, read_state
-from xgen.training.folder import CHECKPOINTS, METRICS, RECIPE, RESULT, STORES, Recorder, replace_text, write_json
+from xgen.training.folder import (
+    CHECKPOINTS,
+    EVENTS,
+    LOCK,
+    METRICS,
+    RECIPE,
+    RESULT,
+    STORES,
+    Recorder,
+    replace_text,
+    write_json,
+)
 from xgen.training.step import State
 
 SOURCES = "sources.json"
 """Beside the recipe: the fingerprint of each source's store, so that a resumed run meets the same text."""
+
+# What a run writes before its first step.
+_OWN = {RECIPE, SOURCES, "tokenizer.json", STORES, METRICS, EVENTS, CHECKPOINTS, "report.html"}
 
 # What may change when a run is resumed: nothing that decides a batch, a weight or the schedule.
 _CHANGEABLE = ("name", "description", "notes.", "checkpoints.", "evaluation.")
@@ -72,7 +86,15 @@ def create(recipe: Recipe, folder: Path, base: Path, progress: Progress | None =
         raise RecipeError(
             f"{folder} already holds a run; go on with `xgen train --resume {folder}`, or choose another folder"
         )
+    others = sorted(path.name for path in folder.glob("[!.]*") if path.name not in _OWN) if folder.exists() else []
+    if others:
+        named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise RecipeError(
+            f"{folder} holds other files ({named}), and a run needs a folder of its own; choose a new one "
+            "(texts to train on go to --data)"
+        )
     check_devices(recipe)
+    claim_folder(folder)
     recipe = _rooted(recipe, base)
     stores, tokenizer = open_sources(recipe, base, folder / STORES, progress)
     write_json(folder / SOURCES, {name: store.fingerprint for name, store in stores.items()})
@@ -81,6 +103,15 @@ def create(recipe: Recipe, folder: Path, base: Path, progress: Progress | None =
     run.recorder.cut_back(-1)
     replace_text(folder / RECIPE, dump_toml(recipe))  # last: a folder with a recipe is a run that can be resumed
     return run
+
+
+def claim_folder(folder: Path) -> None:
+    """Make the folder, if need be, and see that it can be written, before the long work of preparing text."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+    except OSError as cause:
+        raise StorageError.writing(folder, cause) from cause
 
 
 def _has_steps(folder: Path) -> bool:
