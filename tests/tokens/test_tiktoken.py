@@ -17,7 +17,7 @@ pytestmark = pytest.mark.oracle
 @pytest.fixture(scope="module")
 def encoding(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """XGen's construction, as its tokenizer's source has it: GPT-2's ranks, runs longest first, control tokens."""
-    tiktoken = pytest.importorskip("tiktoken")
+    import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     with (
