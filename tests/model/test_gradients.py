@@ -234,3 +234,26 @@ def test_logits_are_float32(precision):
     real = spec.real_vocab
     assert relative_error(scores[..., :real], wanted[..., :real]) < BOUNDS[precision]
     assert (np.asarray(scores)[..., real:] == -1e30).all()
+
+
+def products(spec, remat):
+    """Matrix products written in the gradient's program, one layer's being all layers' (they are scanned)."""
+    weights, batch = weights_of(spec), batch_of(spec, [[16]])
+    gradient = jax.grad(lambda weights: objective(weights, spec, *batch, 1.0, 0.0, remat)[0])
+    return str(jax.make_jaxpr(gradient)(weights)).count("dot_general")
+
+
+def test_each_policy_recomputes_what_it_says():
+    """ "dots" the attention's two products; "block" also query, key, value, output, gate and up. Whether down is
+    recomputed does not matter: nobody's gradient needs its result."""
+    plainly = products(spec_of(), "none")
+    assert products(spec_of(), "dots") == plainly + 2
+    assert products(spec_of(), "block") == plainly + 8
+
+
+def test_tokens_are_weighted_in_float32():
+    """1/82 is no number of bfloat16."""
+    spec = spec_of(precision="bfloat16")
+    weights, batch = weights_of(spec), batch_of(spec, [[11, 24, 6], [41, 0, 0]])
+    total, per_token = quick_jit(lambda weights: objective(weights, spec, *batch, 1 / 82))(weights)
+    assert relative_error(total, np.asarray(per_token, np.float64).mean()) < FLOAT32
