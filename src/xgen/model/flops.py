@@ -7,10 +7,6 @@ import math
 from xgen.model.spec import Spec
 from xgen.model.weights import rows
 
-RULER = (
-    "model FLOPs: 6 per weight of a product and token, attention counted causally (half of all pairs), no recomputation"
-)
-
 
 def flops_per_token(spec: Spec, length: int) -> float:
     """Forward and backward FLOPs of one token in a sequence of `length`.

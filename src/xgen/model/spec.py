@@ -36,7 +36,3 @@ class Spec:
     def dtype(self) -> jnp.dtype:
         """Type of activations and of the weights' copies that enter products."""
         return jnp.dtype(self.compute.precision)
-
-    @property
-    def heads_per_kv_head(self) -> int:
-        return self.model.heads // self.model.kv_heads

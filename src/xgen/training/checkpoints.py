@@ -227,7 +227,8 @@ class Saver:
             except OSError as cause:
                 raise StorageError.writing(path, cause) from cause
             self._saved(next(c for c in list_checkpoints(self._folder) if c.path == path))
-        except BaseException as failure:  # noqa: BLE001 - raised in the training thread by `check`
+        # All of it: what ends a thread is lost with the thread. `check` raises it again where the run can stop.
+        except BaseException as failure:  # noqa: BLE001
             self._failure = failure
             shutil.rmtree(partial, ignore_errors=True)
 
