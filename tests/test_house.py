@@ -18,13 +18,15 @@ FLOORS = {
     "recipe": 1,
     "tokens": 2,
     "model": 2,
+    "checkpoints": 3,
     "data": 3,
-    "measure": 3,
-    "training": 4,
-    "loaded": 5,
-    "report": 5,
-    "api": 6,
-    "cli": 7,
+    "convert": 4,
+    "measure": 4,
+    "training": 5,
+    "loaded": 6,
+    "report": 6,
+    "api": 7,
+    "cli": 8,
 }
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 500
