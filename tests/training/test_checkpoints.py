@@ -77,7 +77,7 @@ DAMAGES = (_truncate, _flip, _delete, _delete_manifest, _garble_manifest, _falsi
 def test_damage_is_named_set_aside_and_stepped_over(
     micro: Micro, tmp_path: Path, spoil: Callable[[Path], Path]
 ) -> None:
-    from xgen.training.checkpoints import newest_whole
+    from xgen.checkpoints.manifest import newest_whole
 
     folder = micro.copy(tmp_path / "run") / "checkpoints"
     file = spoil(folder / f"{5120:015d}")
@@ -191,7 +191,7 @@ def test_a_failed_save_stops_the_run_at_once(micro: Micro, tmp_path: Path, monke
         raise StorageError(f"cannot write {path}: the cable is out")
 
     run = micro.copy(tmp_path / "run", tokens=3840)
-    monkeypatch.setattr(checkpoints, "_orbax_save", fail)
+    monkeypatch.setattr(checkpoints, "save_tree", fail)
     with monkeypatch.context() as patch:
         # Were the failure only met by the next save, 4608 would be reached.
         saver_save = checkpoints.Saver.save
@@ -223,7 +223,8 @@ def _state(seed: int):  # type: ignore[no-untyped-def]
 def test_retention_keeps_the_last_the_multiples_and_the_stage_ends(
     tmp_path: Path, keep_last: int, keep_every: int
 ) -> None:
-    from xgen.training.checkpoints import Saver, list_checkpoints
+    from xgen.checkpoints.manifest import list_checkpoints
+    from xgen.training.checkpoints import Saver
 
     saved: list[int] = []
     policy = Checkpoints(every=100, keep_last=keep_last, keep_every=keep_every)
@@ -262,8 +263,9 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     import numpy as np
     import optax
 
+    from xgen.checkpoints.weights import stored_weights_sha256, weights_sha256
     from xgen.model import Spec
-    from xgen.training.checkpoints import Saver, read_state, stored_weights_sha256, weights_sha256
+    from xgen.training.checkpoints import Saver, read_state
 
     state = _state(3)
     draw = np.random.default_rng(random.Random(4).randrange(2**32))
@@ -288,7 +290,8 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     """Its stage's name and its files stay: at no moment is there none."""
-    from xgen.training.checkpoints import Saver, list_checkpoints
+    from xgen.checkpoints.manifest import list_checkpoints
+    from xgen.training.checkpoints import Saver
 
     saver = Saver(tmp_path, Checkpoints(every=1), lambda _: None)
     saver.save(_state(1), 100, 1, "first")
@@ -302,8 +305,8 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path) -> None
 
 def test_an_update_that_is_not_finite_is_not_made(micro: Micro, tmp_path: Path) -> None:
     """So high a rate makes the very first update overflow: what is saved are the weights as they were drawn."""
+    from xgen.checkpoints.weights import weights_sha256
     from xgen.model import Spec, initialise
-    from xgen.training.checkpoints import weights_sha256
 
     run = tmp_path / "run"
     done = command("train", micro.recipe, "--run", run, "optimizer.learning_rate=1e30")

@@ -25,8 +25,8 @@ from micro_runs import (
 
 SLOW_SAVES = """
 import time, xgen.training.checkpoints as c
-save = c._orbax_save
-c._orbax_save = lambda path, tree: (time.sleep(60), save(path, tree))
+save = c.save_tree
+c.save_tree = lambda path, tree: (time.sleep(60), save(path, tree))
 """
 
 

@@ -19,7 +19,7 @@ Model = Annotated[str, typer.Argument(help="A run folder, or one of its checkpoi
 @checkpoint_app.command("list")
 def list_(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = None) -> None:
     """List the checkpoints of RUN, oldest first."""
-    from xgen.training.checkpoints import list_checkpoints
+    from xgen.checkpoints.manifest import list_checkpoints
     from xgen.training.folder import CHECKPOINTS
 
     if not (run / CHECKPOINTS).is_dir():
@@ -38,7 +38,7 @@ def list_(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json
 @checkpoint_app.command()
 def verify(model: Model, json: Json = None) -> None:
     """Read every file of MODEL's checkpoints (all of them for a run folder) and compare it with its SHA-256."""
-    from xgen.training.checkpoints import choose, damage
+    from xgen.checkpoints.manifest import choose, damage
 
     faults = {str(path): damage(path) for path in choose(model)}
     write_json([{"path": path, "whole": not wrong, "damage": wrong} for path, wrong in faults.items()], json)
@@ -52,7 +52,8 @@ def verify(model: Model, json: Json = None) -> None:
 @checkpoint_app.command("hash")
 def hash_(model: Model, json: Json = None) -> None:
     """Print the SHA-256 of all weights in table order; of the newest checkpoint when MODEL is a run folder."""
-    from xgen.training.checkpoints import choose, stored_weights_sha256
+    from xgen.checkpoints.manifest import choose
+    from xgen.checkpoints.weights import stored_weights_sha256
 
     path = choose(model)[-1]
     found = {"path": str(path), "weights_sha256": stored_weights_sha256(path)}

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from xgen.checkpoints.manifest import Checkpoint, list_checkpoints
+from xgen.checkpoints.weights import read_weights
 from xgen.errors import CheckpointError
 from xgen.measure import Measurements, measure_checkpoints
 from xgen.model import parameter_count
-from xgen.training.checkpoints import Checkpoint, list_checkpoints, read_weights
 from xgen.training.evaluate import scorer
 from xgen.training.folder import CHECKPOINTS, MEASUREMENTS, METRICS, RESULT, read_lines, write_json
 from xgen.training.hardware import peak_memory

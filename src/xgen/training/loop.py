@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xgen.checkpoints.manifest import Checkpoint
 from xgen.data.prefetch import prefetch
 from xgen.data.reader import Batch
 from xgen.errors import NonFiniteError, RecipeError, StoppedBySignal
 from xgen.model import flops_per_token
-from xgen.training.checkpoints import Checkpoint, Saver
+from xgen.training.checkpoints import Saver
 from xgen.training.evaluate import evaluate, loop_tokens, write_sample
 from xgen.training.folder import CHECKPOINTS
 from xgen.training.hardware import memory_limit, peak_flops

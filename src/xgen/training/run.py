@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import optax
 
+from xgen.checkpoints.manifest import newest_whole
 from xgen.data.corpora import open_sources, reopen_sources
 from xgen.data.reader import Reader
 from xgen.data.store import Store
@@ -20,7 +21,7 @@ from xgen.recipe.load import changed_keys, dump_toml
 from xgen.recipe.schema import Recipe
 from xgen.tokens.tokenizer import Tokenizer
 from xgen.training import optimizer
-from xgen.training.checkpoints import newest_whole, read_state
+from xgen.training.checkpoints import read_state
 from xgen.training.folder import (
     CHECKPOINTS,
     EVENTS,

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: which there are, whether they are whole, and their weights."""

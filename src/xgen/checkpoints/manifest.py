@@ -1,0 +1,175 @@
+"""What checkpoints a folder holds, and whether they are whole.
+
+A checkpoint is the folder `checkpoints/TOKENS` with its data and a `manifest.json` that lists every file with its size
+and hash, and has a hash of its own. It is written beside its place and renamed into it last, so a folder with a plain
+number for a name is complete unless it was damaged afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xgen.errors import CheckpointError, StorageError
+
+PARTIAL = "partial-"
+"""What the name of a checkpoint begins with while it is written or deleted."""
+
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk. `stage` names the stage it ends, "" for one within a stage."""
+
+    path: Path
+    tokens: int
+    step: int
+    stage: str
+    bytes: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage or 'checkpoint'} at {self.tokens:,} tokens"
+
+
+def folder_name(tokens: int) -> str:
+    """Zero-padded, so that names sort as the clock does."""
+    return f"{tokens:015d}"
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The checkpoints in `folder`, oldest first; those without a readable manifest are left for `damage` to name."""
+    found = []
+    for path in _numbered(folder):
+        manifest = read_manifest(path)
+        if manifest is not None:
+            size = sum(int(entry["bytes"]) for entry in manifest["files"].values())
+            found.append(Checkpoint(path, manifest["tokens"], manifest["step"], manifest["stage"], size))
+    return found
+
+
+def damage(path: Path) -> list[str]:
+    """What is wrong with the checkpoint at `path`: every missing or altered file by name; [] when whole."""
+    manifest = read_manifest(path)
+    if manifest is None:
+        return [f"{path / _MANIFEST} is missing" if not (path / _MANIFEST).is_file() else _altered(path / _MANIFEST)]
+    wrong = []
+    for name, entry in manifest["files"].items():
+        file = path / name
+        try:
+            if not file.is_file():
+                wrong.append(f"{file} is missing")
+            elif file.stat().st_size != entry["bytes"]:
+                wrong.append(f"{file} has {file.stat().st_size} bytes, {entry['bytes']} were written")
+            elif _sha256(file) != entry["sha256"]:
+                wrong.append(_altered(file))
+        except OSError as cause:
+            wrong.append(f"{file} cannot be read ({cause.strerror or cause})")
+    return wrong
+
+
+def _altered(file: Path) -> str:
+    return f"{file} has changed since it was written (SHA-256 differs)"
+
+
+def newest_whole(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest undamaged checkpoint. Each damaged newer one is reported by name and set aside as `NAME.damaged`."""
+    by_path = {checkpoint.path: checkpoint for checkpoint in list_checkpoints(folder)}
+    numbered = _numbered(folder)
+    for path in reversed(numbered):
+        wrong = damage(path)
+        if not wrong:
+            return by_path[path]
+        aside = path.with_suffix(".damaged")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        except OSError as cause:
+            raise StorageError.writing(aside, cause) from cause
+        before = "the one before is used" if path != numbered[0] else "none is left: the run begins from the start"
+        report(f"checkpoint {path} is damaged: {'; '.join(wrong)}; set aside as {aside.name}; {before}")
+    return None
+
+
+def choose(model: str) -> list[Path]:
+    """The checkpoints that `model` names, oldest first: all of a run folder, or one as DIR@TOKENS or DIR@STAGE.
+
+    Damaged ones are among them. Raises CheckpointError, naming what there is, when none fits.
+    """
+    place, _, wanted = model.partition("@")
+    folder = Path(place) / "checkpoints"
+    paths = _numbered(folder)
+    stages = {checkpoint.stage: checkpoint.path for checkpoint in list_checkpoints(folder) if checkpoint.stage}
+    if wanted in stages:
+        return [stages[wanted]]
+    if wanted:
+        paths = [path for path in paths if wanted.isdecimal() and int(path.name) == int(wanted)]
+    if not paths:
+        tokens = ", ".join(str(int(path.name)) for path in _numbered(folder)) or "none"
+        raise CheckpointError(
+            f"{model}: no such checkpoint; {folder} has stages {', '.join(stages) or 'none'}, and tokens {tokens}"
+        )
+    return paths
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+
+
+def require_whole(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path`. Raises CheckpointError when anything of it is damaged."""
+    wrong = damage(path)
+    manifest = read_manifest(path)
+    if wrong or manifest is None:
+        raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(wrong)}; use another of the run's checkpoints")
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of the checkpoint at `path`; None when it is missing, altered or of another format."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        return None
+    return manifest if manifest.pop("sha256", None) == _own_sha256(manifest) else None
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Finish the checkpoint in `folder`: a manifest of `facts` and of all files there, all of it on the disk."""
+    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    entries = {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()}
+    manifest = {"format": _FORMAT, **facts, "files": entries}
+    text = json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1)
+    (folder / _MANIFEST).write_text(text, encoding="utf-8")
+    folders = [place for place in folder.rglob("*") if place.is_dir()]
+    for place in (*files.values(), folder / _MANIFEST, *folders, folder):
+        sync(place)
+
+
+def _own_sha256(manifest: dict[str, Any]) -> str:
+    """Of a manifest without its own hash."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make a file's contents, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
