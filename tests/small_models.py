@@ -16,6 +16,8 @@ VARIANTS = {
     "parallel": {"circuits": "parallel", "kv_heads": 1},
     "jaxformer": {"circuits": "parallel", "activation": "gelu", "norm": "layer", "tied_embeddings": True},
     "layer_norm": {"norm": "layer", "activation": "gelu"},
+    "biased": {"attention_bias": True, "mlp_bias": True, "kv_heads": 2},
+    "biased_gelu": {"mlp_bias": True, "circuits": "parallel", "activation": "gelu", "norm": "layer"},
 }
 """Every choice of the model's shape, in combinations that cover the code."""
 

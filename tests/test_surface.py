@@ -10,6 +10,8 @@ RECIPE_KEYS = """
     model.layers model.hidden_size model.heads model.kv_heads model.head_size model.mlp_size model.vocab_size
     model.circuits model.activation model.norm model.norm_epsilon model.rope_theta
     model.rope_scaling.kind model.rope_scaling.factor model.rope_scaling.original_length
+    model.rope_scaling.low_turns model.rope_scaling.high_turns model.rope_scaling.attention_factor
+    model.attention_bias model.mlp_bias
     model.tied_embeddings model.initialisation
     tokenizer.name tokenizer.end_of_text
     data.seed data.document_mask data.sources data.held_out

@@ -67,12 +67,18 @@ def test_foreign_names_are_unique_and_name_the_layer_exactly_where_there_are_lay
         assert [("{layer}" in name) for name in names] == [row.axes[0] == "layer" for row in WEIGHTS]
 
 
+ATTENTION_BIASES = {f"block.{name}_bias" for name in ("query", "key", "value", "output")}
+MLP_BIASES = {f"block.{name}_bias" for name in ("gate", "up", "down")}
+BIASES = ATTENTION_BIASES | MLP_BIASES
+NORM_BIASES = {"block.attention_norm_bias", "block.mlp_norm_bias", "final_norm_bias"}
 ABSENT = {
-    "xgen": {"block.attention_norm_bias", "block.mlp_norm_bias", "final_norm_bias"},
-    "grouped_tied": {"block.attention_norm_bias", "block.mlp_norm_bias", "final_norm_bias", "head"},
-    "parallel": {"block.attention_norm_bias", "block.mlp_norm_bias", "final_norm_bias", "block.mlp_norm"},
-    "jaxformer": {"block.mlp_norm", "block.mlp_norm_bias", "block.gate", "head"},
-    "layer_norm": {"block.gate"},
+    "xgen": NORM_BIASES | BIASES,
+    "grouped_tied": NORM_BIASES | BIASES | {"head"},
+    "parallel": NORM_BIASES | BIASES | {"block.mlp_norm"},
+    "jaxformer": {"block.mlp_norm", "block.mlp_norm_bias", "block.gate", "head"} | BIASES,
+    "layer_norm": {"block.gate"} | BIASES,
+    "biased": NORM_BIASES,
+    "biased_gelu": {"block.mlp_norm", "block.mlp_norm_bias", "block.gate", "block.gate_bias"} | ATTENTION_BIASES,
 }
 
 

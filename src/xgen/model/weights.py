@@ -31,14 +31,21 @@ class Block:
     attention_norm: Float[Array, "L D"]
     attention_norm_bias: Float[Array, "L D"] | None
     query: Float[Array, "L D H E"]
+    query_bias: Float[Array, "L H E"] | None
     key: Float[Array, "L D K E"]
+    key_bias: Float[Array, "L K E"] | None
     value: Float[Array, "L D K E"]
+    value_bias: Float[Array, "L K E"] | None
     output: Float[Array, "L H E D"]
+    output_bias: Float[Array, "L D"] | None
     mlp_norm: Float[Array, "L D"] | None
     mlp_norm_bias: Float[Array, "L D"] | None
     gate: Float[Array, "L D F"] | None
+    gate_bias: Float[Array, "L F"] | None
     up: Float[Array, "L D F"]
+    up_bias: Float[Array, "L F"] | None
     down: Float[Array, "L F D"]
+    down_bias: Float[Array, "L D"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +81,18 @@ def _untied(spec: Spec) -> bool:
     return not spec.model.tied_embeddings
 
 
+def _attention_bias(spec: Spec) -> bool:
+    return spec.model.attention_bias
+
+
+def _mlp_bias(spec: Spec) -> bool:
+    return spec.model.mlp_bias
+
+
+def _gate_bias(spec: Spec) -> bool:
+    return _gated(spec) and _mlp_bias(spec)
+
+
 @dataclass(frozen=True)
 class Weight:
     """One row. `decay`: weight decay applies (matrices only: decided here, never by the array's rank)."""
@@ -100,6 +119,14 @@ class Weight:
 
 _HF = "model.layers.{layer}."
 _GG = "blk.{layer}."
+
+
+def _bias(of: str, axes: tuple[Axis, ...], hugging_face: str, gguf: str, present: Callable[[Spec], bool]) -> Weight:
+    """The row of what is added to a product: all are stacked, begin at zero, and are called `bias` by everyone."""
+    names = f"{_HF}{hugging_face}.bias", f"{_GG}{gguf}.bias"
+    return Weight(f"block.{of}_bias", ("layer", *axes), "zeros", *names, present)
+
+
 WEIGHTS: tuple[Weight, ...] = (
     Weight("embedding", ("vocab", "embed"), "embedding", "model.embed_tokens.weight", "token_embd.weight"),
     Weight(
@@ -120,6 +147,7 @@ WEIGHTS: tuple[Weight, ...] = (
         _HF + "self_attn.q_proj.weight",
         _GG + "attn_q.weight",
     ),
+    _bias("query", ("heads", "head"), "self_attn.q_proj", "attn_q", _attention_bias),
     Weight(
         "block.key",
         ("layer", "embed", "kv_heads", "head"),
@@ -127,6 +155,7 @@ WEIGHTS: tuple[Weight, ...] = (
         _HF + "self_attn.k_proj.weight",
         _GG + "attn_k.weight",
     ),
+    _bias("key", ("kv_heads", "head"), "self_attn.k_proj", "attn_k", _attention_bias),
     Weight(
         "block.value",
         ("layer", "embed", "kv_heads", "head"),
@@ -134,6 +163,7 @@ WEIGHTS: tuple[Weight, ...] = (
         _HF + "self_attn.v_proj.weight",
         _GG + "attn_v.weight",
     ),
+    _bias("value", ("kv_heads", "head"), "self_attn.v_proj", "attn_v", _attention_bias),
     Weight(
         "block.output",
         ("layer", "heads", "head", "embed"),
@@ -141,6 +171,7 @@ WEIGHTS: tuple[Weight, ...] = (
         _HF + "self_attn.o_proj.weight",
         _GG + "attn_output.weight",
     ),
+    _bias("output", ("embed",), "self_attn.o_proj", "attn_output", _attention_bias),
     Weight(
         "block.mlp_norm",
         ("layer", "embed"),
@@ -160,8 +191,11 @@ WEIGHTS: tuple[Weight, ...] = (
     Weight(
         "block.gate", ("layer", "embed", "mlp"), "input", _HF + "mlp.gate_proj.weight", _GG + "ffn_gate.weight", _gated
     ),
+    _bias("gate", ("mlp",), "mlp.gate_proj", "ffn_gate", _gate_bias),
     Weight("block.up", ("layer", "embed", "mlp"), "input", _HF + "mlp.up_proj.weight", _GG + "ffn_up.weight"),
+    _bias("up", ("mlp",), "mlp.up_proj", "ffn_up", _mlp_bias),
     Weight("block.down", ("layer", "mlp", "embed"), "output", _HF + "mlp.down_proj.weight", _GG + "ffn_down.weight"),
+    _bias("down", ("embed",), "mlp.down_proj", "ffn_down", _mlp_bias),
     Weight("final_norm", ("embed",), "ones", "model.norm.weight", "output_norm.weight"),
     Weight("final_norm_bias", ("embed",), "zeros", "model.norm.bias", "output_norm.bias", _layer_norm),
     Weight("head", ("embed", "vocab"), "input", "lm_head.weight", "output.weight", _untied),

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from xgen.recipe.draft import Draft, Origin, Path
 from xgen.recipe.keys import Shape, join, section_of, shape_of
-from xgen.recipe.schema import Mesh, Recipe
+from xgen.recipe.schema import Mesh, Recipe, RopeScaling
 from xgen.recipe.values import Problem
 
 XGEN_ROWS = 51_200
@@ -69,6 +69,10 @@ def _derive_model(draft: Draft) -> None:
         _fill(draft, ("model", "head_size"), max(1, hidden_size // heads), "model.hidden_size / model.heads")
     if hidden_size is not None and not draft.has(("model", "mlp_size")):
         draft.set(("model", "mlp_size"), *_mlp_size(hidden_size, _value(draft, "model", "activation")))
+    at = ("model", "rope_scaling")
+    scaling = RopeScaling(**_value(draft, *at) or {})
+    _fill(draft, (*at, "high_turns"), scaling.high_turns, f"{join(at)}.kind (as published)")
+    _fill(draft, (*at, "attention_factor"), scaling.attention_factor, f"{join(at)}.kind and factor")
 
 
 def _mlp_size(hidden_size: int, activation: str | None) -> tuple[int, Origin]:

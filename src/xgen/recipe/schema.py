@@ -6,8 +6,9 @@ is built (`xgen.recipe.load`), so that no other room ever asks whether a value i
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -61,12 +62,30 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class RopeScaling(Section):
-    """Stretch of the rotary frequencies, for a model used beyond the length it was trained on."""
+def _high_turns(given: dict[str, Any]) -> float:
+    """As published: 4 for Llama 3.1, 32 for YaRN."""
+    return 32.0 if given.get("kind") == "yarn" else 4.0
 
-    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+
+def _attention_factor(given: dict[str, Any]) -> float:
+    """YaRN's own rule (Peng et al. 2023, equation 22); the other kinds leave queries and keys as long as they are."""
+    factor = given.get("factor", 1.0)
+    return 0.1 * math.log(factor) + 1.0 if given.get("kind") == "yarn" and factor > 1 else 1.0
+
+
+class RopeScaling(Section):
+    """Stretch of the rotary frequencies, for a model used beyond the length it was trained on.
+
+    Planes that turn less than `low_turns` times in `original_length` are stretched, those over `high_turns` times are
+    kept: "llama3" and "yarn" only. `attention_factor` multiplies cosine and sine.
+    """
+
+    kind: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
     factor: PositiveFloat = 1.0
     original_length: Length = 8192
+    low_turns: PositiveFloat = 1.0
+    high_turns: PositiveFloat = Field(default_factory=_high_turns)
+    attention_factor: PositiveFloat = Field(default_factory=_attention_factor)
 
 
 class Model(Section):
@@ -85,6 +104,8 @@ class Model(Section):
     norm_epsilon: PositiveFloat = 1e-6
     rope_theta: PositiveFloat = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
+    attention_bias: bool = False
+    mlp_bias: bool = False
     tied_embeddings: bool = False
     initialisation: Literal["fan_in", "normal"] = "normal"
 
