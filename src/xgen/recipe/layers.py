@@ -13,6 +13,7 @@ from typing import Any
 
 from xgen.errors import RecipeError
 from xgen.recipe import draft as drafts
+from xgen.recipe.base import Base, lay_base
 from xgen.recipe.draft import Draft, Origin, Tree
 from xgen.recipe.keys import Shape, field_at, join, section_of, shape_of
 from xgen.recipe.schema import Recipe
@@ -34,9 +35,12 @@ def shipped_recipes() -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (not name.startswith("tiny"), _parameters_in(name), name)))
 
 
-def read_layers(source: str | Path, overrides: Sequence[str]) -> Draft:
-    """The draft of the recipe `source` with everything it extends below it and `overrides` above it."""
+def read_layers(source: str | Path, overrides: Sequence[str], base: Base | None = None) -> Draft:
+    """The draft of the recipe `source` with everything it extends, and at the bottom `base`, below it and `overrides`
+    above it."""
     draft = Draft()
+    if base is not None:
+        lay_base(draft, base)
     chain = _chain(str(source))
     for depth, (label, table) in enumerate(chain):
         own = depth == len(chain) - 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xgen.errors import RecipeError
+from xgen.recipe.base import Base, check_base, fit_rope
 from xgen.recipe.check import check_recipe
 from xgen.recipe.derive import DERIVED_KEYS, Vocabulary, derive, derive_vocabulary
 from xgen.recipe.draft import Draft, Origin
@@ -17,6 +18,7 @@ from xgen.recipe.values import Problem, missing_values, parse_values
 from xgen.recipe.write import changed_keys, dump_toml, recipe_hash
 
 __all__ = [
+    "Base",
     "Origin",
     "Resolved",
     "Vocabulary",
@@ -36,15 +38,25 @@ class Resolved:
     origins: Mapping[str, Origin]
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, vocabulary: Vocabulary | None = None) -> Resolved:
+def load_recipe(
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    vocabulary: Vocabulary | None = None,
+    base: Base | None = None,
+) -> Resolved:
     """The recipe `source`: a shipped name, a .toml file, or a run folder; `overrides` are "key=value".
+
+    `base` is the model that is continued: it gives all of [model] that the recipe leaves out.
 
     `vocabulary` gives the embedding rows for a tokenizer's file, or for a token store's folder when the
     tokenizer is "store"; it is called only when model.vocab_size is not given and the tokenizer is neither
     "xgen" nor "bpe:N". Raises RecipeError with a line for everything that is wrong.
     """
-    draft = read_layers(source, overrides)
+    draft = read_layers(source, overrides, base)
     problems = parse_values(draft)
+    if base is not None:
+        fit_rope(draft, base)
     derive(draft)
     problems += _missing(draft, problems)
     if all(problem.unknown_key for problem in problems):
@@ -52,7 +64,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, vocabulary
     if not all(problem.unknown_key for problem in problems):
         raise RecipeError(_report(source, problems))
     recipe = Recipe.model_validate(draft.tree)
-    problems += check_recipe(recipe, draft.origins)
+    problems += [*check_recipe(recipe, draft.origins), *(check_base(recipe, base) if base is not None else ())]
     if problems:
         raise RecipeError(_report(source, problems))
     return Resolved(recipe, draft.origins)
