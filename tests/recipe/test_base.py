@@ -88,3 +88,11 @@ def test_no_stage_may_bear_the_models_name(tmp_path: Path) -> None:
         load(tmp_path, STAGES.replace('"8k"', '"start"'))
     full = STAGES.replace('"8k"', '"start"') + "[model]\nlayers = 1\nhidden_size = 8\nheads = 1\nvocab_size = 9\n"
     assert load(tmp_path, full, base=None).recipe.stages[0].name == "start"
+
+
+def test_a_new_factor_takes_its_own_attention_factor(tmp_path: Path) -> None:
+    scaling = RopeScaling(kind="yarn", factor=4.0, original_length=2048)
+    base = Base("runs/old", BASE.model.model_copy(update={"rope_scaling": scaling}), 8192)
+    doubled = load(tmp_path, STAGES, "model.rope_scaling.factor=8", base=base).recipe.model.rope_scaling
+    assert doubled == RopeScaling(kind="yarn", factor=8.0, original_length=2048)
+    assert doubled.attention_factor > scaling.attention_factor

@@ -19,13 +19,14 @@ from xgen.tokens.tokenizer import Tokenizer, load_tokenizer
 
 
 def open_sources(
-    recipe: Recipe, base: Path, work: Path, progress: Progress | None = None
+    recipe: Recipe, base: Path, work: Path, progress: Progress | None = None, own: Tokenizer | None = None
 ) -> tuple[dict[str, Store], Tokenizer]:
     """The stores of all sources of the recipe, by name, and the tokenizer they share.
 
     Paths in the recipe are taken from `base`. A source of text ("embedded:NAME", a file, a folder) is prepared
     into `work/NAME`, and used again when its files, the tokenizer and the options are the same. "bpe:N" is trained
-    on the training documents of all sources and kept in `work`.
+    on the training documents of all sources and kept in `work`. `own` is the tokenizer of a model that is continued:
+    "store" is that one, and any other must be the same.
 
     Raises `DataError` when a source is missing, or its tokenizer is not the recipe's.
     """
@@ -33,11 +34,15 @@ def open_sources(
     places = {name: _place(name, given, base) for name, given in recipe.data.sources.items()}
     ready = {name: open_store(place) for name, place in places.items() if isinstance(place, Path)}
     raw = {name: place for name, place in places.items() if isinstance(place, _Raw)}
-    tokenizer = _tokenizer(recipe, base, work, ready, raw, report)
+    if own is not None and recipe.tokenizer.name == "store":
+        tokenizer = own
+    else:
+        tokenizer = _tokenizer(recipe, base, work, ready, raw, report)
+        _check_own(tokenizer, own, recipe.tokenizer.name)
     if tokenizer.size > recipe.model.vocab_size:
         raise DataError(
             f"tokenizer {tokenizer.name} has {tokenizer.size} ids and model.vocab_size is {recipe.model.vocab_size}; "
-            "leave model.vocab_size out, or give it at least as many rows"
+            "leave model.vocab_size out, or take a tokenizer of so many ids at most"
         )
     for name, store in ready.items():
         _check_tokenizer(name, store, tokenizer, recipe.tokenizer.name)
@@ -131,8 +136,31 @@ def _trained(name: str, recipe: Recipe, work: Path, raw: Mapping[str, _Raw], rep
     return tokenizer
 
 
+def _check_own(tokenizer: Tokenizer, own: Tokenizer | None, wanted: str) -> None:
+    """That the tokenizer which the recipe names is that of the model to be continued, if it has one."""
+    if own is not None and _mark(own) != _mark(tokenizer):
+        raise DataError(
+            f"tokenizer.name is {wanted!r} ({tokenizer.size} ids, {_shown(tokenizer)}), and the model to be continued "
+            f"has learnt another ({own.name}, {own.size} ids, {_shown(own)}); take its own with tokenizer.name=store"
+        )
+
+
+def _mark(tokenizer: Tokenizer) -> tuple[str, str]:
+    return tokenizer.fingerprint, tokenizer.decode([tokenizer.end_of_text])
+
+
+def _shown(tokenizer: Tokenizer) -> str:
+    fingerprint, end_of_text = _mark(tokenizer)
+    return f"{fingerprint[:12]}, documents end with {end_of_text}"
+
+
 def _check_tokenizer(name: str, store: Store, tokenizer: Tokenizer, wanted: str) -> None:
     mark = store.manifest.tokenizer
+    if mark.fingerprint == tokenizer.fingerprint and mark.end_of_text != tokenizer.decode([tokenizer.end_of_text]):
+        raise DataError(
+            f"source {name!r} ({store.path}) has {mark.end_of_text} between its documents, the run "
+            f"{tokenizer.decode([tokenizer.end_of_text])}; prepare the text again with that --end-of-text"
+        )
     if mark.fingerprint != tokenizer.fingerprint:
         raise DataError(
             f"source {name!r} ({store.path}) was made with tokenizer {mark.name} ({mark.size} ids, "

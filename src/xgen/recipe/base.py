@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from xgen.recipe.draft import Draft, Origin
-from xgen.recipe.schema import Model, Recipe, RopeScaling
+from xgen.recipe.schema import Model, Recipe
 from xgen.recipe.values import Problem
 from xgen.recipe.write import toml_value
 
@@ -45,17 +45,18 @@ def lay_base(draft: Draft, base: Base) -> None:
 
 
 def fit_rope(draft: Draft, base: Base) -> None:
-    """Where the recipe states another kind of scaling, drop what belonged to the model's own kind, and stretch from
-    the length the model was trained on to the longest stage unless the recipe says otherwise."""
-    before = base.model.rope_scaling.kind
-    kind = draft.get((*_SCALING, "kind")) if draft.has((*_SCALING, "kind")) else before
-    if kind == before:
-        return
-    stretched = "none" not in (kind, before)
-    for key in RopeScaling.model_fields:
-        if draft.origin((*_SCALING, key)) == base.origin and not (stretched and key in ("factor", "original_length")):
+    """Where the recipe states another scaling, drop what belonged to the model's own, and stretch from the length the
+    model was trained on to the longest stage unless the recipe says otherwise."""
+    before, now = base.model.rope_scaling.model_dump(), draft.tree.get("model", {}).get("rope_scaling", {})
+    dropped = {"attention_factor"} if now.get("factor") != before["factor"] else set()
+    if now.get("kind") != before["kind"]:
+        # How far a stretched model was stretched is a fact about it, whichever way the next one computes it.
+        kept = {"factor", "original_length"} if "none" not in (now.get("kind"), before["kind"]) else set()
+        dropped = set(before) - kept
+    for key in dropped:
+        if draft.origin((*_SCALING, key)) == base.origin:
             draft.remove((*_SCALING, key))
-    if kind == "none":
+    if now.get("kind") in (before["kind"], "none"):
         return
     if not draft.has((*_SCALING, "original_length")):
         origin = Origin("derived", f"the length that {base.place} was trained on")
