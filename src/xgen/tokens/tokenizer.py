@@ -69,6 +69,11 @@ class Tokenizer:
         self._guarded = document["model"]["type"] == "Unigram"
         self._cuttable = is_gpt2_split(plain)
 
+    @property
+    def document(self) -> dict[str, Any]:
+        """The parsed `tokenizer.json`; not to be changed."""
+        return self._document
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the `tokenizer.json` in canonical form, in hex."""
