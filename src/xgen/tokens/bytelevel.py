@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from xgen.tokens.document import added_token
+
 END_OF_TEXT = "<|endoftext|>"
 
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -49,18 +51,7 @@ def byte_level_document(
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": vocab[token],
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for token in control
-        ],
+        "added_tokens": [added_token(vocab[token], token, special=True) for token in control],
         "normalizer": None,
         "pre_tokenizer": level,
         "post_processor": level,

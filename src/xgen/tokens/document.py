@@ -56,6 +56,12 @@ def _is_tokenizer(document: object) -> bool:
     )
 
 
+def added_token(index: int, content: str, special: bool, normalized: bool = False) -> dict[str, Any]:
+    """An entry of `added_tokens`, looked for everywhere in a text; in the normalised one if `normalized`."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False}
+    return {"id": index, "content": content, **plain, "normalized": normalized, "special": special}
+
+
 def control_tokens(document: dict[str, Any]) -> dict[str, int]:
     """Name -> id of the tokens marked special."""
     return {token["content"]: token["id"] for token in document["added_tokens"] if token["special"]}
