@@ -60,7 +60,7 @@ class SafetensorsFile:
             raise ValueError(f"{name} has room for {size} elements, got {array.size}")
         rows = max(1, _PART // max(1, math.prod(array.shape[1:])))
         for start in range(0, len(array), rows):
-            self._file.write(_cast(array[start : start + rows], dtype, name).tobytes())
+            self._file.write(cast(array[start : start + rows], dtype, name).tobytes())
         if array.size < size:
             self._left.append((name, dtype, size - array.size))
 
@@ -79,7 +79,8 @@ def _header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: M
     return len(text).to_bytes(8, "little") + text
 
 
-def _cast(part: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def cast(part: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`part` of the weight `name` as `dtype`. Raises CheckpointError when a value is too large for it."""
     if part.dtype == dtype:
         return part
     with np.errstate(over="ignore"):  # told below, by name
