@@ -14,15 +14,42 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
 
 from xgen.errors import CheckpointError, StorageError
+from xgen.recipe.schema import Section
 
 PARTIAL = "partial-"
 """What the name of a checkpoint begins with while it is written or deleted."""
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
+
+Storage = Literal["orbax", "safetensors"]
+"""How the weights are stored: as an Orbax tree, which a run writes, or as one safetensors file a row of the table."""
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class File(Section):
+    """What the manifest tells of a file."""
+
+    bytes: Count
+    sha256: str
+
+
+class Manifest(Section):
+    """`manifest.json` without its own hash. `shapes` are those of the weights, in the weights table's order."""
+
+    format: Literal[1]
+    tokens: Count
+    step: Count
+    stage: str
+    storage: Storage = "orbax"
+    shapes: dict[str, tuple[Count, ...]]
+    files: dict[str, File]
 
 
 @dataclass(frozen=True)
@@ -51,25 +78,28 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     for path in _numbered(folder):
         manifest = read_manifest(path)
         if manifest is not None:
-            size = sum(int(entry["bytes"]) for entry in manifest["files"].values())
-            found.append(Checkpoint(path, manifest["tokens"], manifest["step"], manifest["stage"], size))
+            size = sum(entry.bytes for entry in manifest.files.values())
+            found.append(Checkpoint(path, manifest.tokens, manifest.step, manifest.stage, size))
     return found
 
 
-def damage(path: Path) -> list[str]:
-    """What is wrong with the checkpoint at `path`: every missing or altered file by name; [] when whole."""
-    manifest = read_manifest(path)
-    if manifest is None:
-        return [f"{path / _MANIFEST} is missing" if not (path / _MANIFEST).is_file() else _altered(path / _MANIFEST)]
+def damage(path: Path, *, contents: bool = True) -> list[str]:
+    """What is wrong with the checkpoint at `path`: every missing or altered file by name; [] when whole.
+
+    Without `contents` no file is read: whether each is there and has its size is all that is looked at.
+    """
+    manifest = _inspect(path)
+    if isinstance(manifest, str):
+        return [manifest]
     wrong = []
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.files.items():
         file = path / name
         try:
             if not file.is_file():
                 wrong.append(f"{file} is missing")
-            elif file.stat().st_size != entry["bytes"]:
-                wrong.append(f"{file} has {file.stat().st_size} bytes, {entry['bytes']} were written")
-            elif _sha256(file) != entry["sha256"]:
+            elif file.stat().st_size != entry.bytes:
+                wrong.append(f"{file} has {file.stat().st_size} bytes, {entry.bytes} were written")
+            elif contents and _sha256(file) != entry.sha256:
                 wrong.append(_altered(file))
         except OSError as cause:
             wrong.append(f"{file} cannot be read ({cause.strerror or cause})")
@@ -124,24 +154,38 @@ def _numbered(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
 
 
-def require_whole(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path`. Raises CheckpointError when anything of it is damaged."""
-    wrong = damage(path)
+def require_whole(path: Path, *, contents: bool = True) -> Manifest:
+    """The manifest of the checkpoint at `path`. Raises CheckpointError when `damage` finds any."""
+    wrong = damage(path, contents=contents)
     manifest = read_manifest(path)
     if wrong or manifest is None:
-        raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(wrong)}; use another of the run's checkpoints")
+        raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(wrong)}; use another, or make it again")
     return manifest
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def read_manifest(path: Path) -> Manifest | None:
     """The manifest of the checkpoint at `path`; None when it is missing, altered or of another format."""
+    found = _inspect(path)
+    return None if isinstance(found, str) else found
+
+
+def _inspect(path: Path) -> Manifest | str:
+    """The manifest of the checkpoint at `path`, or what is wrong with it."""
+    file = path / _MANIFEST
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{file} is missing"
     except (OSError, ValueError):
-        return None
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        return None
-    return manifest if manifest.pop("sha256", None) == _own_sha256(manifest) else None
+        return _altered(file)
+    if not isinstance(facts, dict) or facts.pop("sha256", None) != _own_sha256(facts):
+        return _altered(file)
+    try:
+        return Manifest.model_validate(facts)
+    except ValidationError as cause:
+        fault = cause.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        return f"{file} is of a kind that this XGen does not know ({where}: {fault['input']!r:.40}); use a newer XGen"
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:

@@ -10,15 +10,23 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from xgen.checkpoints.stored import PART_BYTES
 from xgen.errors import StorageError
 
 
 def save_tree(path: Path, tree: Mapping[str, np.ndarray]) -> None:
+    """Write `tree` to the new folder `path`, in chunks of at most one layer of a stacked matrix."""
     from orbax.checkpoint import v1 as orbax
 
+    # Stacked matrices are the arrays of three axes and more; a vector's layers are not worth a chunk each.
+    storage = orbax.options.ArrayOptions.Saving.StorageOptions
+    whole, layers = storage(chunk_byte_size=PART_BYTES), storage(chunk_byte_size=PART_BYTES, shard_axes=(0,))
+    context = orbax.Context()
+    context.array.saving.scoped_storage_options_creator = lambda _, array: layers if array.ndim > 2 else whole
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what Orbax logs as an error it also raises
     try:
-        orbax.save(path.absolute(), dict(tree))
+        with context:
+            orbax.save(path.absolute(), dict(tree))
     except ValueError as cause:  # TensorStore's name for every storage error
         reason = "no space left on device" if "No space left" in str(cause) else str(cause)
         raise StorageError(f"cannot write {path}: {reason}; free some space or choose another folder") from cause

@@ -3,44 +3,53 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
-from xgen.checkpoints.manifest import require_whole
+from xgen.checkpoints.manifest import Manifest, require_whole
+from xgen.checkpoints.stored import open_stored, parts, read_whole
 from xgen.checkpoints.trees import load_tree
 from xgen.model import Spec, Weights, abstract, as_dict, from_dict
 
 
+def require_fit(manifest: Manifest, spec: Spec) -> None:
+    """Raise CheckpointError when the checkpoint is not of a model of `spec`."""
+    from_dict({name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in manifest.shapes.items()}, spec)
+
+
 def read_weights(path: Path, spec: Spec) -> Weights:
-    """The weights of the checkpoint at `path`, checked. Raises CheckpointError when damaged or of another shape."""
+    """The weights of the checkpoint at `path` in float32, checked.
+
+    Raises CheckpointError when they are damaged or of another shape.
+    """
     manifest = require_whole(path)
-    wanted = as_dict(abstract(spec))
-    shapes = {name: list(array.shape) for name, array in wanted.items()}
-    if manifest["shapes"] != shapes:
-        from_dict({name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in manifest["shapes"].items()}, spec)
-    return from_dict(load_tree(path / "weights", wanted), spec)
+    require_fit(manifest, spec)
+    if manifest.storage == "orbax":
+        return from_dict(load_tree(path / "weights", as_dict(abstract(spec))), spec)
+    stored = open_stored(path, manifest)
+    return from_dict({name: jnp.asarray(read_whole(row, np.dtype(np.float32))) for name, row in stored.items()}, spec)
 
 
 def weights_sha256(weights: Weights) -> str:
     """SHA-256 over all weights in table order: each name, shape and its float32 values, little-endian."""
-    return _arrays_sha256(as_dict(weights))
+    return _sha256((name, array.shape, iter([np.asarray(array)])) for name, array in as_dict(weights).items())
 
 
 def stored_weights_sha256(path: Path) -> str:
     """`weights_sha256` of the checkpoint at `path`, checked first; the model's shape need not be known."""
-    shapes = require_whole(path)["shapes"]
-    wanted = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-    return _arrays_sha256(load_tree(path / "weights", wanted))
+    stored = open_stored(path, require_whole(path))
+    return _sha256((name, row.shape, parts(row)) for name, row in stored.items())
 
 
-def _arrays_sha256(arrays: Mapping[str, Array]) -> str:
+def _sha256(arrays: Iterable[tuple[str, tuple[int, ...], Iterator[np.ndarray]]]) -> str:
+    """Of arrays by name and shape, each in consecutive parts."""
     digest = hashlib.sha256()
-    for name, array in arrays.items():
-        values = np.asarray(array, dtype="<f4")
-        digest.update(f"{name} {values.shape}\n".encode())
-        digest.update(values.tobytes())
+    for name, shape, pieces in arrays:
+        digest.update(f"{name} {shape}\n".encode())
+        for piece in pieces:
+            digest.update(np.ascontiguousarray(piece, "<f4").reshape(-1).data)
     return digest.hexdigest()

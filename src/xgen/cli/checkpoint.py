@@ -13,11 +13,13 @@ from xgen.errors import CheckpointError
 checkpoint_app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
 
 Json = Annotated[str | None, typer.Option("--json", help='Write as JSON to this file; "-" prints it.')]
-Model = Annotated[str, typer.Argument(help="A run folder, or one of its checkpoints as DIR@TOKENS or DIR@STAGE.")]
+Model = Annotated[
+    str, typer.Argument(help="A run or converted folder, or one of its checkpoints as DIR@TOKENS or DIR@STAGE.")
+]
 
 
 @checkpoint_app.command("list")
-def list_(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = None) -> None:
+def list_(run: Annotated[Path, typer.Argument(help="A run or converted folder.")], json: Json = None) -> None:
     """List the checkpoints of RUN, oldest first."""
     from xgen.checkpoints.manifest import list_checkpoints
     from xgen.training.folder import CHECKPOINTS
