@@ -8,7 +8,6 @@ into two known pieces is listed at the piece's score.
 
 from __future__ import annotations
 
-import base64
 import itertools
 import re
 import struct
@@ -84,12 +83,19 @@ def _document(proto: Message) -> dict[str, Any]:
     if _last(trainer, 24, 0) or not _last(normaliser, 5, 1):
         raise DataError("it puts spaces after words, or leaves them as they are; only ▁ before words is known")
     prefix = bool(_last(normaliser, 3, 1))
+    if _last(normaliser, 2, b""):
+        # tokenizers' Precompiled looks characters up a cluster at a time, and loses marks and line ends by it.
+        name = _last(normaliser, 1, b"").decode("utf-8")
+        raise DataError(
+            f"its normaliser {name!r} rewrites characters, and only 'identity' gives SentencePiece's ids here; "
+            "use the tokenizer.json that the model came with"
+        )
     whole = [piece.text for piece in pieces if piece.kind is Kind.USER_DEFINED]
-    steps = _normalizers(_last(normaliser, 2, b""), prefix, bool(_last(normaliser, 4, 1)), whole)
+    steps = _normalizers(prefix, bool(_last(normaliser, 4, 1)), whole)
     return piece_document(pieces, model, steps, prefix, normalized=True)
 
 
-def _normalizers(charsmap: bytes, prefix: bool, squeeze: bool, whole: Sequence[str]) -> list[dict[str, Any]]:
+def _normalizers(prefix: bool, squeeze: bool, whole: Sequence[str]) -> list[dict[str, Any]]:
     """What SentencePiece does to a text before it looks for pieces.
 
     `squeeze` takes out spaces at both ends and all but one of a run. Pieces that are cut `whole` out of the text are
@@ -97,8 +103,6 @@ def _normalizers(charsmap: bytes, prefix: bool, squeeze: bool, whole: Sequence[s
     through the same steps, hence the exception: a text that is nothing but such a piece gets no ▁.
     """
     steps: list[dict[str, Any]] = []
-    if charsmap:
-        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
     if squeeze:
         steps.append(_replace(r"\A +| +(?= |\z)", ""))
     if prefix and whole:
@@ -116,8 +120,8 @@ def _replace(regex: str, content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"Regex": regex}, "content": content}
 
 
-PREPEND = {"type": "Prepend", "prepend": METASPACE}
-ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": METASPACE}
+PREPEND: dict[str, Any] = {"type": "Prepend", "prepend": METASPACE}
+ESCAPE: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": METASPACE}
 
 
 def piece_document(
@@ -262,6 +266,7 @@ def _message(data: bytes) -> Message:
     """The fields of a protocol buffer, one level deep."""
     fields: Message = {}
     place = 0
+    value: int | bytes
     while place < len(data):
         tag, place = _varint(data, place)
         if tag & 7 == 0:
