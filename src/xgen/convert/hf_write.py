@@ -21,7 +21,7 @@ from xgen.convert.safetensors_file import SafetensorsFile
 from xgen.errors import DataError
 from xgen.model.spec import Spec
 from xgen.model.weights import rows
-from xgen.tokens.document import read_document, vocabulary
+from xgen.tokens.document import vocabulary
 from xgen.tokens.tokenizer import Tokenizer
 
 
@@ -58,11 +58,11 @@ def write_hugging_face(
         description = replace(description, dtype=cast(StoredType, dtype))
     # Before anything is written: the first refuses what their LLaMA cannot compute.
     documents = {"config.json": config_of(description), "generation_config.json": _generation(description)}
+    if description.tokenizer is not None:
+        documents |= _tokenizer_files(description, description.tokenizer)
     shards = _shards(_tensors(description.spec, source, None if dtype == "auto" else TYPES[dtype]), shard_bytes)
     with staged(out) as folder:
         folder.mkdir()
-        if description.tokenizer is not None:
-            documents |= _write_tokenizer(description, description.tokenizer, folder)
         for name, document in documents.items():
             _write_json(folder / name, document)
         if description.chat_template is not None:
@@ -133,10 +133,8 @@ def _generation(description: Description) -> dict[str, Any]:
     return {key: value for key, value in ids.items() if value is not None}
 
 
-def _write_tokenizer(description: Description, tokenizer: Tokenizer, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write tokenizer.json, and give the documents beside it."""
-    tokenizer.save(folder)
-    document = read_document(folder / "tokenizer.json")
+def _tokenizer_files(description: Description, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    document = tokenizer.document
     names = {index: token for token, index in vocabulary(document).items()}
     ids = {
         "bos_token": description.begin_id,
@@ -146,33 +144,32 @@ def _write_tokenizer(description: Description, tokenizer: Tokenizer, folder: Pat
     if unnamed := [index for index in ids.values() if index is not None and index not in names]:
         raise DataError(f"id {unnamed[0]} begins, ends or fills texts, but the tokenizer has no token for it")
     special = {key: names[index] for key, index in ids.items() if index is not None}
-    if _adds(document) != ([] if description.begin_id is None else [description.begin_id]):
-        document["post_processor"] = _beginning(special.get("bos_token"), description.begin_id)
-        _write_json(folder / "tokenizer.json", document)
+    begin = [] if description.begin_id is None else [description.begin_id]
+    if not _puts_before(document, begin):
+        document = document | {"post_processor": _beginning(special["bos_token"], begin) if begin else None}
     config = {
         # The class of a tokenizer.json that says all itself, by the name that transformers 4 and 5 both know.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
-        "add_bos_token": description.begin_id is not None,
+        "add_bos_token": bool(begin),
         "add_eos_token": False,
         "model_max_length": description.context_length,
-        "clean_up_tokenization_spaces": False,  # the default of old readers alters decoded text
+        "clean_up_tokenization_spaces": False,  # old releases default to true, which alters decoded text
     }
     if description.chat_template is not None:
         config["chat_template"] = description.chat_template
-    return {"tokenizer_config.json": config, "special_tokens_map.json": special}
+    return {"tokenizer.json": document, "tokenizer_config.json": config, "special_tokens_map.json": special}
 
 
-def _adds(document: dict[str, Any]) -> list[int]:
-    """The ids that `document` puts around every text."""
-    ids: list[int] = tokenizers.Tokenizer.from_str(json.dumps(document)).encode("").ids
-    return ids
+def _puts_before(document: dict[str, Any], begin: list[int]) -> bool:
+    """Whether `document` puts the ids `begin` before a text, and nothing else around it."""
+    whole = tokenizers.Tokenizer.from_str(json.dumps(document))
+    bare: list[int] = whole.encode("a", add_special_tokens=False).ids
+    return bool(whole.encode("a").ids == begin + bare)
 
 
-def _beginning(token: str | None, index: int | None) -> dict[str, Any] | None:
+def _beginning(token: str, ids: list[int]) -> dict[str, Any]:
     """A post-processor that puts `token` before every text, for readers that do not look at `add_bos_token`."""
-    if token is None:
-        return None
 
     def part(sequence: str, kind: int) -> list[dict[str, Any]]:
         return [{"SpecialToken": {"id": token, "type_id": kind}}, {"Sequence": {"id": sequence, "type_id": kind}}]
@@ -181,7 +178,7 @@ def _beginning(token: str | None, index: int | None) -> dict[str, Any] | None:
         "type": "TemplateProcessing",
         "single": part("A", 0),
         "pair": [*part("A", 0), *part("B", 1)],
-        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
+        "special_tokens": {token: {"id": token, "ids": ids, "tokens": [token]}},
     }
 
 

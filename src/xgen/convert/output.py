@@ -34,19 +34,20 @@ def staged(out: Path) -> Iterator[Path]:
     require_free(out)
     partial = out.with_name(f".{out.name}.partial")
     try:
-        _remove(partial)  # what a killed process left
         out.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        for place in (*partial.rglob("*"), partial):
-            sync(place)
-        if out.is_dir() and not partial.is_dir():
-            out.rmdir()  # an empty one: only a folder can take its place
-        partial.rename(out)
-        sync(out.parent)
+        _remove(partial)  # what a killed process left
+        try:
+            yield partial
+            for place in (*partial.rglob("*"), partial):
+                sync(place)
+            if out.is_dir() and not partial.is_dir():
+                out.rmdir()  # an empty one: only a folder can take its place
+            partial.rename(out)
+            sync(out.parent)
+        finally:
+            _remove(partial)
     except OSError as cause:
         raise StorageError.writing(out, cause) from cause
-    finally:
-        _remove(partial)
 
 
 def sync(path: Path) -> None:
