@@ -71,8 +71,9 @@ class SafeTensor:
         found = np.empty(self.shape, self.dtype)
         count = max(1, PART // max(1, found[:1].nbytes))
         for first in range(0, self.shape[0], count):
+            last = min(first + count, self.shape[0])
             with _opened(self.path) as file:
-                found[first : first + count] = file.get_slice(self.name)[first : first + count]
+                found[first:last] = file.get_slice(self.name)[first:last]
         return found
 
 
