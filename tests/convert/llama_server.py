@@ -27,6 +27,7 @@ class LlamaServer:
         given.warmup = given.fit_params = False
         given.verbosity = 0
         self._server = xllamacpp.Server(given)
+        self._letter = self.tokenize("a")[-1]
 
     def tokenize(self, text: str, *, control: bool = False) -> list[int]:
         """Ids of `text`, nothing added; with `control`, names of control tokens are parsed."""
@@ -35,7 +36,11 @@ class LlamaServer:
 
     def next(self, ids: list[int], most: int = 5) -> dict[int, float]:
         """Id -> log-probability of the `most` likeliest tokens after `ids`, likeliest first."""
-        answer = self._ask("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=most, cache_prompt=True)
+        # Probabilities come before biases. The server keeps back those of a token that is not whole UTF-8, so an "a" is
+        # made to follow.
+        answer = self._ask(
+            "/completion", prompt=ids, n_predict=1, temperature=0, n_probs=most, logit_bias=[[self._letter, 1e9]]
+        )
         [token] = answer["completion_probabilities"]
         return {entry["id"]: entry["logprob"] for entry in token["top_logprobs"]}
 
