@@ -47,6 +47,10 @@ _DEFAULTS: dict[str, Json] = {
 # `original_max_position_embeddings` are read by no release.
 _LENGTH = "original_max_position_embeddings"
 _MSCALES = ("mscale", "mscale_all_dim")
+_TURNS = {
+    "llama3": {"low_turns": "low_freq_factor", "high_turns": "high_freq_factor"},
+    "yarn": {"low_turns": "beta_slow", "high_turns": "beta_fast"},
+}
 _SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), (_LENGTH,)),
@@ -165,11 +169,6 @@ def config_of(description: Description) -> Json:
     }
 
 
-def derived_attention_factor(factor: float) -> float:
-    """YaRN's own (Peng et al. 2023, equation 22), which holds where none is stated."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
 def _scaling_fields(scaling: RopeScaling) -> Json:
     """The fields that both of their forms share."""
     kind = scaling.kind
@@ -177,10 +176,11 @@ def _scaling_fields(scaling: RopeScaling) -> Json:
         return {"rope_type": "default"}
     fields: Json = {"rope_type": kind, "factor": scaling.factor}
     if kind in ("llama3", "yarn"):
-        low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
-        fields |= {_LENGTH: scaling.original_length, low: scaling.low_turns, high: scaling.high_turns}
+        values = scaling.model_dump()
+        fields |= {_LENGTH: scaling.original_length} | {field: values[key] for key, field in _TURNS[kind].items()}
     # Left out where it is derived: llama.cpp multiplies a stated one by the derived.
-    if kind == "yarn" and not math.isclose(scaling.attention_factor, derived_attention_factor(scaling.factor)):
+    derived = RopeScaling(kind=kind, factor=scaling.factor).attention_factor
+    if kind == "yarn" and not math.isclose(scaling.attention_factor, derived):
         fields["attention_factor"] = scaling.attention_factor
     return fields
 
@@ -238,6 +238,8 @@ def _scaling_form(config: Json, field: str) -> Json | None:
     if not isinstance(form, dict):
         _refuse(field, form, "it must be an object")
     form = {key: value for key, value in form.items() if value is not None}
+    if not form:
+        return None
     old = form.pop("type", None)
     kind = form.setdefault("rope_type", "default" if old is None else old)
     if old is not None and old != kind:
@@ -274,29 +276,31 @@ def _scaling(where: str, form: Json, length: int) -> tuple[Json, list[str]]:
         if original != length:
             _refuse(f"{where}.{_LENGTH}", original, f"dynamic scaling begins at max_position_embeddings {length}")
         return {**scaling, "original_length": length}, []
-    low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
     scaling["original_length"] = original
-    scaling["low_turns"] = _number(fields, f"{where}.{low}", 0.0, 1.0)
-    scaling["high_turns"] = _number(fields, f"{where}.{high}", 0.0, 4.0 if kind == "llama3" else 32.0)
-    if scaling["high_turns"] <= scaling["low_turns"]:
-        _refuse(f"{where}.{high}", scaling["high_turns"], f"it must be over {low} {scaling['low_turns']:g}")
+    for key, field in _TURNS[kind].items():
+        if f"{where}.{field}" in fields:
+            scaling[key] = _number(fields, f"{where}.{field}", 0.0)
+    turns = RopeScaling.model_validate(scaling)  # what is left out is the published value
+    if turns.high_turns <= turns.low_turns:
+        _refuse(f"{where}.{_TURNS[kind]['high_turns']}", turns.high_turns, f"it must be over {turns.low_turns:g}")
     if kind == "llama3":
         return scaling, []
     if not _flag(fields, f"{where}.truncate", True):
-        _refuse(f"{where}.truncate", False, "blending between whole planes only is supported")
-    scaling["attention_factor"] = _attention_factor(fields, where, factor)
+        _refuse(f"{where}.truncate", False, "only blending between whole planes is supported")
+    if (stretch := _attention_factor(fields, where, factor)) is not None:
+        scaling["attention_factor"] = stretch
     if implied not in (1, factor):  # before 5, transformers computed with the ratio
         ratio = f"max_position_embeddings {length} / {_LENGTH} {original}"
         return scaling, [f"{where}.factor {factor:g} is not {ratio}; the factor holds"]
     return scaling, []
 
 
-def _attention_factor(fields: Json, where: str, factor: float) -> float:
-    stated = fields.get(f"{where}.attention_factor")
-    if stated is not None:
+def _attention_factor(fields: Json, where: str, factor: float) -> float | None:
+    """YaRN's, where it is stated, or by a pair as DeepSeek's configs state it; None where it is the derived one."""
+    if f"{where}.attention_factor" in fields:
         return _number(fields, f"{where}.attention_factor", 0.0)
     if factor <= 1 or not all(fields.get(f"{where}.{key}") for key in _MSCALES):
-        return derived_attention_factor(factor)
+        return None
     above, below = (0.1 * _number(fields, f"{where}.{key}", 0.0) * math.log(factor) + 1.0 for key in _MSCALES)
     return above / below
 
