@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from xgen.errors import RecipeError, XgenError
-from xgen.recipe.load import load_recipe
+from xgen.recipe.load import Base, load_recipe
 from xgen.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -54,24 +54,35 @@ def train(
     *,
     run: str | Path,
     overrides: Iterable[str] = (),
+    start: str | Path | None = None,
     display: Display | None = None,
 ) -> dict[str, Any]:
     """Train `recipe` in the new folder `run`, measure every stage's checkpoint, write the report.
 
-    `recipe` is a shipped name, a file or a `Recipe`; `overrides` are "key=value" as on the command line. Returns the
-    result (docs/reference/run-folder.md lists its keys). Raises the errors of `xgen.errors`.
+    `recipe` is a shipped name, a file or a `Recipe`; `overrides` are "key=value" as on the command line. `start` is a
+    MODEL of any kind whose weights the run begins with in place of fresh ones: it gives all of [model] and the
+    tokenizer that the recipe leaves out. Returns the result (docs/reference/run-folder.md lists its keys). Raises the
+    errors of `xgen.errors`.
     """
+    from xgen.recipe.load import require_base
     from xgen.training.hardware import use_compilation_cache
-    from xgen.training.run import Clock, create, first_state
+    from xgen.training.run import Clock, create, first_state, too_short
     from xgen.training.signals import Signals
+    from xgen.training.start import open_start
 
     begin, watched, signals = time.perf_counter(), display or Silent(), Signals()
-    wanted = recipe if isinstance(recipe, Recipe) else resolve(recipe, overrides)
+    model = open_start(start) if start is not None else None
+    base = model.base if model is not None else None
+    wanted = recipe if isinstance(recipe, Recipe) else _resolved(recipe, overrides, base)
+    if base is not None:
+        require_base(wanted, base)
     with signals.installed():
         use_compilation_cache()
         with _Tasks(watched) as tasks:
-            opened = create(wanted, Path(run), Path.cwd(), tasks.report)
+            opened = create(wanted, Path(run), Path.cwd(), tasks.report, model)
         _record_start(opened)
+        for text in [*(model.description.repairs if model is not None else ()), *too_short(opened)]:
+            watched.note(text)
         if opened.held_out(opened.recipe.evaluation.tokens) is None:
             watched.note("no source has held-out documents: nothing will be measured (set data.held_out above 0)")
         return _finish(opened, first_state(opened), Clock(), watched, signals, begin)
@@ -98,7 +109,7 @@ def resume(run: str | Path, *, overrides: Iterable[str] = (), display: Display |
             watched.note(text)
         if clock.tokens == 0:
             _record_start(opened)
-            watched.note(f"{folder} has no whole checkpoint: it begins from the start")
+            watched.note(f"{folder} has no step that was saved: it begins from the start")
         elif clock.tokens >= opened.recipe.total_tokens:
             watched.note(f"{folder} is trained to its last token: only the measurement and the report are made again")
         facts = {"from": clock.tokens, "reason": "; ".join(damaged) or "asked for"}
@@ -106,11 +117,17 @@ def resume(run: str | Path, *, overrides: Iterable[str] = (), display: Display |
         return _finish(opened, state, clock, watched, signals, begin)
 
 
-def resolve(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The resolved recipe `source`: a shipped name, a file, or a run folder."""
+def resolve(source: str | Path, overrides: Iterable[str] = (), start: str | Path | None = None) -> Recipe:
+    """The resolved recipe `source`: a shipped name, a file, or a run folder; `start` is the MODEL it continues."""
+    from xgen.training.start import open_start
+
+    return _resolved(source, overrides, open_start(start).base if start is not None else None)
+
+
+def _resolved(source: str | Path, overrides: Iterable[str], base: Base | None) -> Recipe:
     from xgen.tokens.tokenizer import embedding_rows
 
-    return load_recipe(source, tuple(overrides), vocabulary=embedding_rows).recipe
+    return load_recipe(source, tuple(overrides), vocabulary=embedding_rows, base=base).recipe
 
 
 def resolve_run(folder: Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from xgen.cli.output import write_json
-from xgen.recipe.load import load_recipe, shipped_recipes
+from xgen.recipe.load import Base, load_recipe, shipped_recipes
 from xgen.recipe.show import as_json, as_text, summaries_as_text, summary
 
 recipe_app = typer.Typer(no_args_is_help=True, help="List recipes, or show one with the origin of every value.")
@@ -32,13 +32,24 @@ def show_recipe(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, as in stages.0.tokens=120K.")
     ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="MODEL", help="The model that `xgen train --from` would continue.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Show a recipe, resolved: every value, and whether it was given, derived (from what) or is a default."""
-    resolved = load_recipe(recipe, overrides or (), vocabulary=_vocabulary)
+    resolved = load_recipe(recipe, overrides or (), vocabulary=_vocabulary, base=_base(start))
     write_json(as_json(resolved), json)
     if json != "-":
         typer.echo(as_text(resolved), nl=False)
+
+
+def _base(start: str | None) -> Base | None:
+    if start is None:
+        return None
+    from xgen.training.start import open_start  # opening models is slow to import and seldom needed
+
+    return open_start(start).base
 
 
 def _vocabulary(tokenizer: str) -> int:

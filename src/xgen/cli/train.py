@@ -19,6 +19,15 @@ def train(
         list[str] | None, typer.Argument(help="Values to change: key=value, as optimizer.clip=0.5.")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run; must not hold one yet.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="MODEL",
+            help="Begin with this model's weights, shape and tokenizer: a run folder, DIR@STAGE, a converted or "
+            "Hugging Face folder, or a GGUF file.",
+        ),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     data: Annotated[
         list[str] | None,
@@ -42,6 +51,8 @@ def train(
     if resume is not None:
         if run is not None or data:
             raise RecipeError("--resume takes the run's own folder and sources: leave out --run and --data")
+        if start is not None:
+            raise RecipeError(f"--resume goes on with the run's own weights: leave out --from {start}")
         if recipe is not None and "=" not in recipe:
             raise RecipeError(f"--resume takes no recipe, the run has its own: `xgen train --resume {resume}`")
         wanted = [text for text in (recipe, *(overrides or ())) if text is not None]
@@ -52,9 +63,9 @@ def train(
             raise RecipeError("say what to train: `xgen train RECIPE --run DIR` (see `xgen recipe list`)")
         if run is None:
             raise RecipeError(f"say where the run goes: add --run DIR, as in `xgen train {recipe} --run runs/mine`")
-        loaded = api.resolve(recipe, [*api.sources_override(data or []), *(overrides or [])])
+        loaded = api.resolve(recipe, [*api.sources_override(data or []), *(overrides or [])], start)
         with Progress(loaded.total_tokens, quiet=quiet or json == "-") as display:
-            found = api.train(loaded, run=run, display=display)
+            found = api.train(loaded, run=run, start=start, display=display)
     write_json(found, json)
     if not quiet and json != "-":
         if found["bits_per_byte"] is not None:

@@ -59,15 +59,20 @@ def strided_loss(
 
 
 def loss_by_position(
-    score: Score, documents: Sequence[Ids], length: int, seed: int = 1, advance: Advance | None = None
+    score: Score,
+    documents: Sequence[Ids],
+    length: int,
+    seed: int = 1,
+    advance: Advance | None = None,
+    edge: int | None = None,
 ) -> Sums:
-    """Loss in the bins of `position_bins(length)` of windows of `length` ids at random offsets: [D, bins].
+    """Loss in the bins of `position_bins(length, edge)` of windows of `length` ids at random offsets: [D, bins].
 
     The offsets depend on `seed` and the count of documents only, so every model is asked the same.
     """
     offsets = windows.random_offsets(len(documents), length, seed)
     plan = windows.by_position([len(ids) for ids in documents], length, offsets)
-    return _accumulate(score, documents, plan, [first for first, _ in windows.position_bins(length)], advance)
+    return _accumulate(score, documents, plan, [first for first, _ in windows.position_bins(length, edge)], advance)
 
 
 def fixed_target_loss(

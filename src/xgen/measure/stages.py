@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypedDict
 
 import numpy as np
@@ -21,6 +21,7 @@ from xgen.measure.losses import (
     loss_by_position,
     strided_loss,
 )
+from xgen.measure.since import Kept, SinceStart, since_start
 from xgen.measure.text import Sample, xz_bits_per_byte
 
 _LARGEST_EXPONENT = 700.0
@@ -110,6 +111,7 @@ class Measurements(TypedDict):
     by_position: list[ByPosition]
     fixed_target: list[FixedTarget]
     fixed_target_gain: list[Gain]
+    since_start: list[SinceStart]
     notes: list[str]
 
 
@@ -121,8 +123,13 @@ def measure_checkpoints(
     text: bytes,
     progress: Progress | None = None,
     seed: int = 1,
+    *,
+    since: int | None = None,
 ) -> Measurements:
     """All measures of all checkpoints, each at all contexts, also past the length it was trained on.
+
+    `since` is the length that the first checkpoint was trained on when the others continue it: each is then set beside
+    those before it, below and past that length.
 
     `text` is `sample.text(tokenizer.token_bytes)`: the very bytes of the tokens scored. Checkpoints are
     measured one after the other, so a scorer may load its weights at its first call.
@@ -148,15 +155,24 @@ def measure_checkpoints(
         by_position=[],
         fixed_target=[],
         fixed_target_gain=[],
+        since_start=[],
         notes=[*sample.notes, *_notes(documents, settings)],
     )
     meter = _Meter(progress, forward_tokens(documents, settings, seed) * len(checkpoints))
+    bins = windows.position_bins(max(settings.contexts), since)
+    spans, kept = _spans([len(ids) for ids in documents], settings), {}
     for name, score in checkpoints:
         result["strided"] += _strided(name, score, documents, settings, byte_lengths, meter)
-        result["by_position"] += _by_position(name, score, documents, settings, seed, meter)
-        targets, gains = _fixed_target(name, score, documents, settings, seed, meter)
-        result["fixed_target"] += targets
+        positions = loss_by_position(score, documents, max(settings.contexts), seed, meter, since)
+        result["by_position"] += _by_position(name, positions, bins)
+        contexts = _fixed_contexts(settings)
+        targets = fixed_target_loss(score, documents, contexts, settings.target, spans, seed, meter)
+        rows, gains = _fixed_target(name, targets, settings.target)
+        result["fixed_target"] += rows
         result["fixed_target_gain"] += gains
+        kept[name] = Kept(positions, targets)
+    if since is not None:
+        result["since_start"] = since_start(kept, bins, since, settings.target)
     return result
 
 
@@ -198,11 +214,7 @@ def _strided(
     ]
 
 
-def _by_position(
-    name: str, score: Score, documents: list[Ids], settings: Settings, seed: int, meter: _Meter
-) -> list[ByPosition]:
-    length = max(settings.contexts)
-    sums = loss_by_position(score, documents, length, seed, meter)
+def _by_position(name: str, sums: Sums, positions: list[tuple[int, int]]) -> list[ByPosition]:
     used = sums.tokens.any(axis=1)
     if not used.any():
         return []
@@ -218,20 +230,14 @@ def _by_position(
                 "tokens": int(count),
             }
         )
-        for (first, last), mean, count in zip(
-            windows.position_bins(length), means, sums.tokens.sum(0).tolist(), strict=True
-        )
+        for (first, last), mean, count in zip(positions, means, sums.tokens.sum(0).tolist(), strict=True)
         if mean.documents > 0
     ]
-    return [ByPosition(checkpoint=name, length=length, bins=bins, documents=int(used.sum()))]
+    return [ByPosition(checkpoint=name, length=positions[-1][1], bins=bins, documents=int(used.sum()))]
 
 
-def _fixed_target(
-    name: str, score: Score, documents: list[Ids], settings: Settings, seed: int, meter: _Meter
-) -> tuple[list[FixedTarget], list[Gain]]:
-    contexts = _fixed_contexts(settings)
-    spans = _spans([len(ids) for ids in documents], settings)
-    sums = fixed_target_loss(score, documents, contexts, settings.target, spans, seed, meter)
+def _fixed_target(name: str, sums: Mapping[int, Sums], target: int) -> tuple[list[FixedTarget], list[Gain]]:
+    contexts = list(sums)
     used = sums[contexts[0]].tokens > 0
     if not used.any():
         return [], []
@@ -242,7 +248,7 @@ def _fixed_target(
         FixedTarget(
             checkpoint=name,
             context=context,
-            target=settings.target,
+            target=target,
             loss=mean.value,
             low=mean.low,
             high=mean.high,

@@ -129,14 +129,16 @@ def fixed_target(
     }
 
 
-def position_bins(length: int) -> list[tuple[int, int]]:
+def position_bins(length: int, edge: int | None = None) -> list[tuple[int, int]]:
     """Bins (from, to), both inclusive, of the count of ids a token is predicted from (1 .. length).
 
-    Each begins at a power of two below `length`; the last one ends at `length`.
+    Each begins at a power of two below `length`, one more at `edge` if that is below it; the last one ends at `length`.
     """
     starts = [1]
     while starts[-1] * 2 < length:
         starts.append(starts[-1] * 2)
+    if edge is not None and edge < length:
+        starts = sorted({*starts, edge})
     return list(zip(starts, [start - 1 for start in starts[1:]] + [length], strict=True))
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "dump_toml",
     "load_recipe",
     "recipe_hash",
+    "require_base",
     "shipped_recipes",
 ]
 
@@ -68,6 +69,12 @@ def load_recipe(
     if problems:
         raise RecipeError(_report(source, problems))
     return Resolved(recipe, draft.origins)
+
+
+def require_base(recipe: Recipe, base: Base) -> None:
+    """Raise RecipeError when `recipe` cannot continue the model `base`."""
+    if problems := list(check_base(recipe, base)):
+        raise RecipeError(_report(recipe.name, problems))
 
 
 def _missing(draft: Draft, problems: list[Problem]) -> list[Problem]:

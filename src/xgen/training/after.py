@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from xgen.checkpoints.manifest import Checkpoint, list_checkpoints
+from xgen.checkpoints.manifest import Checkpoint, folder_name, list_checkpoints
 from xgen.checkpoints.weights import read_weights
 from xgen.errors import CheckpointError
-from xgen.measure import Measurements, measure_checkpoints
-from xgen.model import parameter_count
+from xgen.measure import Measurements, Score, measure_checkpoints
+from xgen.model import Spec, parameter_count
+from xgen.recipe.base import START
 from xgen.training.evaluate import scorer
 from xgen.training.folder import CHECKPOINTS, MEASUREMENTS, METRICS, RESULT, read_lines, write_json
 from xgen.training.hardware import peak_memory
 from xgen.training.run import Run
+from xgen.training.start import NEW_ROPE
 
 Progress = Callable[[float], None]
 
@@ -34,26 +37,40 @@ def stage_checkpoints(run: Run) -> dict[str, Checkpoint]:
 
 
 def measure(run: Run, progress: Progress | None = None) -> Measurements | None:
-    """Measure all stages' checkpoints and write `evals/after_training.json`; None without held-out documents."""
+    """Measure all stages' checkpoints, and the model that the run continues, and write `evals/after_training.json`;
+    None without held-out documents."""
     held_out = run.held_out(run.recipe.evaluation.tokens)
     if held_out is None:
         return None
-    checkpoints = stage_checkpoints(run)
-    scorers = [(name, scorer(_reading(found.path, run), run.spec)) for name, found in checkpoints.items()]
+    scorers = [*_untrained(run)]
+    scorers += [(name, _scorer(found.path, run.spec)) for name, found in stage_checkpoints(run).items()]
     lengths, text = run.tokenizer.byte_lengths, held_out.text(run.tokenizer.token_bytes)
-    found = measure_checkpoints(scorers, held_out, run.recipe.evaluation, lengths, text, progress)
+    since = run.start.context_length if run.start is not None else None
+    found = measure_checkpoints(scorers, held_out, run.recipe.evaluation, lengths, text, progress, since=since)
     write_json(run.folder / MEASUREMENTS, found)
     return found
 
 
-def _reading(path: Path, run: Run) -> Callable[[], Any]:
-    return lambda: read_weights(path, run.spec)
+def _untrained(run: Run) -> Iterator[tuple[str, Score]]:
+    """The model that the run continues: as it was, and, where the run changes its rope, with nothing but that changed.
+    So what training did is told from what the rope did."""
+    if run.start is None:
+        return
+    path = run.folder / CHECKPOINTS / folder_name(0)
+    yield START, _scorer(path, replace(run.spec, model=run.start.model))
+    if run.start.rope_changed(run.recipe):
+        yield NEW_ROPE, _scorer(path, run.spec)
+
+
+def _scorer(path: Path, spec: Spec) -> Score:
+    return scorer(lambda: read_weights(path, spec), spec)
 
 
 def result(run: Run, measured: Measurements | None, seconds: float) -> dict[str, Any]:
     """What `--json` prints, also kept as `result.json`. Figures that were not measured are null or empty."""
     value: dict[str, Any] = {
         "recipe": run.recipe.name,
+        "from": run.start.place if run.start is not None else None,
         "parameters": parameter_count(run.spec),
         "tokens": run.recipe.total_tokens,
         "seconds": seconds,
@@ -63,6 +80,7 @@ def result(run: Run, measured: Measurements | None, seconds: float) -> dict[str,
         "xz_bits_per_byte": measured["text"]["xz_bits_per_byte"] if measured else None,
         "fixed_target": measured["fixed_target"] if measured else [],
         "fixed_target_gain": measured["fixed_target_gain"] if measured else [],
+        "since_start": measured["since_start"] if measured else [],
         "run": str(run.folder),
         "report": str(run.folder / "report.html"),
     }

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import optax
 
-from xgen.checkpoints.manifest import newest_whole
+from xgen.checkpoints.manifest import folder_name, newest_whole
+from xgen.convert.native import START as START_FILE
 from xgen.data.corpora import open_sources, reopen_sources
 from xgen.data.reader import Reader
 from xgen.data.store import Store
 from xgen.errors import CheckpointError, DataError, RecipeError, StorageError
 from xgen.measure import Sample, sample_documents
 from xgen.model import Spec, initialise
+from xgen.recipe.base import START
 from xgen.recipe.load import changed_keys, dump_toml
 from xgen.recipe.schema import Recipe
 from xgen.tokens.tokenizer import Tokenizer
 from xgen.training import optimizer
-from xgen.training.checkpoints import read_state
+from xgen.training.checkpoints import Saver, read_state
 from xgen.training.folder import (
     CHECKPOINTS,
     EVENTS,
@@ -34,13 +38,14 @@ from xgen.training.folder import (
     replace_text,
     write_json,
 )
+from xgen.training.start import Opened, Start, read_start, start_json
 from xgen.training.step import State
 
 SOURCES = "sources.json"
 """Beside the recipe: the fingerprint of each source's store, so that a resumed run meets the same text."""
 
 # What a run writes before its first step.
-_OWN = {RECIPE, SOURCES, "tokenizer.json", STORES, METRICS, EVENTS, CHECKPOINTS, "report.html"}
+_OWN = {RECIPE, SOURCES, START_FILE, "tokenizer.json", STORES, METRICS, EVENTS, CHECKPOINTS, "report.html"}
 
 # What may change when a run is resumed: nothing that decides a batch, a weight or the schedule.
 _CHANGEABLE = ("name", "description", "notes.", "checkpoints.", "evaluation.")
@@ -60,6 +65,8 @@ class Run:
     spec: Spec
     transformation: optax.GradientTransformation
     recorder: Recorder
+    start: Start | None = None
+    """The model that the run continues."""
 
     def held_out(self, tokens: int) -> Sample | None:
         """About `tokens` held-out tokens of documents long enough for the largest context; None without any."""
@@ -78,15 +85,19 @@ class Clock:
     seconds: float = 0.0
 
 
-def create(recipe: Recipe, folder: Path, base: Path, progress: Progress | None = None) -> Run:
+def create(
+    recipe: Recipe, folder: Path, base: Path, progress: Progress | None = None, opened: Opened | None = None
+) -> Run:
     """Begin a run in `folder`, which must not hold one that has made a step. Relative paths of the recipe are taken
-    from `base`."""
+    from `base`. `opened` is the model that the run continues."""
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file, and a run is a folder; choose another place")
     if _has_steps(folder):
         raise RecipeError(
             f"{folder} already holds a run; go on with `xgen train --resume {folder}`, or choose another folder"
         )
+    if opened is not None and Path(opened.place.partition("@")[0]).absolute() == folder.absolute():
+        raise RecipeError(f"{folder} is the model to be continued; choose another folder for the run")
     others = sorted(path.name for path in folder.glob("[!.]*") if path.name not in _OWN) if folder.exists() else []
     if others:
         named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
@@ -97,11 +108,16 @@ def create(recipe: Recipe, folder: Path, base: Path, progress: Progress | None =
     check_devices(recipe)
     claim_folder(folder)
     recipe = _rooted(recipe, base)
-    stores, tokenizer = open_sources(recipe, base, folder / STORES, progress)
+    own = opened.description.tokenizer if opened is not None else None
+    stores, tokenizer = open_sources(recipe, base, folder / STORES, progress, own)
+    recipe = _with_tokenizer(recipe, tokenizer, folder if tokenizer is own else None)
     write_json(folder / SOURCES, {name: store.fingerprint for name, store in stores.items()})
     tokenizer.save(folder / "tokenizer.json")
     run = _assemble(recipe, folder, stores, tokenizer)
     run.recorder.cut_back(-1)
+    _clear(folder)
+    if opened is not None:
+        run = replace(run, start=_take_over(run, opened, progress))
     replace_text(folder / RECIPE, dump_toml(recipe))  # last: a folder with a recipe is a run that can be resumed
     return run
 
@@ -117,7 +133,30 @@ def claim_folder(folder: Path) -> None:
 
 def _has_steps(folder: Path) -> bool:
     metrics = folder / METRICS
-    return any((folder / CHECKPOINTS).glob("*")) or (metrics.is_file() and metrics.stat().st_size > 0)
+    beyond = (path for path in (folder / CHECKPOINTS).glob("*") if folder_name(0) not in path.name)
+    return any(beyond) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def _clear(folder: Path) -> None:
+    """Take away what an earlier beginning left that made no step: whether it continued a model is decided anew."""
+    try:
+        for name in (RECIPE, START_FILE):
+            (folder / name).unlink(missing_ok=True)
+        if (folder / CHECKPOINTS).exists():
+            shutil.rmtree(folder / CHECKPOINTS)
+    except OSError as cause:
+        raise StorageError.writing(folder, cause) from cause
+
+
+def _take_over(run: Run, opened: Opened, progress: Progress | None) -> Start | None:
+    """Write the model's description and its weights, as the checkpoint at token 0, into the run's folder."""
+    what = f"taking over the weights of {opened.place}"
+    weights = opened.weights(lambda share: progress(what, share) if progress is not None else None)
+    write_json(run.folder / START_FILE, start_json(opened, weights))
+    saver = Saver(run.folder / CHECKPOINTS, run.recipe.checkpoints, lambda _: None)
+    saver.save(State(weights, run.transformation.init(weights)), 0, 0, START)
+    saver.wait()
+    return read_start(run.folder)
 
 
 def reopen(recipe: Recipe, folder: Path) -> Run:
@@ -133,15 +172,33 @@ def reopen(recipe: Recipe, folder: Path) -> Run:
     check_devices(recipe)
     stores, tokenizer = reopen_sources(recipe, folder, folder / STORES)
     _check_sources(folder, stores)
-    run = _assemble(recipe, folder, stores, tokenizer)
+    run = replace(_assemble(recipe, folder, stores, tokenizer), start=read_start(folder))
     replace_text(folder / RECIPE, dump_toml(recipe))
     return run
 
 
 def first_state(run: Run) -> State:
-    """Freshly drawn weights and an empty optimizer state; the seed is the data's."""
+    """Freshly drawn weights, the seed being the data's, or those of the model that is continued; and an empty
+    optimizer state."""
+    if run.start is not None:
+        return read_state(run.folder / CHECKPOINTS / folder_name(0), run.spec, run.transformation)
     weights = initialise(run.spec, run.recipe.data.seed)
     return State(weights, run.transformation.init(weights))
+
+
+def too_short(run: Run) -> list[str]:
+    """In words, when no training document reaches past the length that the continued model knows already."""
+    if run.start is None or not run.recipe.data.document_mask:
+        return []
+    old, new = run.start.context_length, max(stage.length for stage in run.recipe.stages)
+    used = {name for stage in run.recipe.stages for name in stage.mixture}
+    longest = max(int(np.diff(run.stores[name].train.offsets).max()) for name in used)
+    if new <= old or longest > old:
+        return []
+    return [
+        f"no training document is longer than the {old} tokens that {run.start.place} was trained on (the longest has "
+        f"{longest}): stages of {new} tokens cannot teach it more context; give it longer documents"
+    ]
 
 
 def restore(run: Run, report: Callable[[str], None]) -> tuple[State, Clock]:
@@ -151,7 +208,12 @@ def restore(run: Run, report: Callable[[str], None]) -> tuple[State, Clock]:
         (run.folder / RESULT).unlink(missing_ok=True)
     except OSError as cause:
         raise StorageError.writing(run.folder / RESULT, cause) from cause
-    if checkpoint is None:
+    if checkpoint is None and run.start is not None:
+        raise CheckpointError(
+            f"{run.folder} has no whole checkpoint, not even of the weights it began with; begin again in another "
+            f"folder: `xgen train {run.folder / RECIPE} --from {run.start.place} --run NEW`"
+        )
+    if checkpoint is None or checkpoint.tokens == 0:
         run.recorder.cut_back(-1)
         return first_state(run), Clock()
     if checkpoint.tokens > run.recipe.total_tokens:
@@ -212,6 +274,14 @@ def _rooted(recipe: Recipe, base: Path) -> Recipe:
             "tokenizer": recipe.tokenizer.model_copy(update={"name": tokenizer}),
         }
     )
+
+
+def _with_tokenizer(recipe: Recipe, tokenizer: Tokenizer, folder: Path | None) -> Recipe:
+    """The recipe with what ends its documents, and with the tokenizer in `folder` in place of a continued model's."""
+    update = {"end_of_text": tokenizer.decode([tokenizer.end_of_text])}
+    if folder is not None:
+        update["name"] = str((folder / "tokenizer.json").absolute())
+    return recipe.model_copy(update={"tokenizer": recipe.tokenizer.model_copy(update=update)})
 
 
 def _check_sources(folder: Path, stores: Mapping[str, Store]) -> None:
