@@ -26,12 +26,45 @@ def attention(q, k, v, segments):
     return jnp.einsum("bkgst,btke->bskge", shares, v).reshape(b, s, h, e)
 
 
-def rotate(x, positions, theta):
-    """Each plane (x_i, x_{i + E/2}) as a complex number, turned by position x theta^(-2i / E)."""
+def rotate(x, turn, length):
+    """Each plane (x_i, x_{i + E/2}) as a complex number, turned by its angle and made longer."""
     half = x.shape[-1] // 2
-    turn = positions[:, :, None, None] * theta ** (-np.arange(half) / half)
-    turned = (x[..., :half] + 1j * x[..., half:]) * jnp.exp(1j * turn)
+    turned = (x[..., :half] + 1j * x[..., half:]) * length * jnp.exp(1j * turn[:, :, None])
     return jnp.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def turns(model: Model, segments, positions):
+    """Radians [B, S, E / 2] by which each token's planes are turned: position x base^(-2i / E), stretched."""
+    scaling, plane = model.rope_scaling, np.arange(model.head_size // 2)
+    base = jnp.full((*positions.shape, 1), float(model.rope_theta))
+    if scaling.kind == "dynamic":  # the base grows with the token's document, as transformers writes it
+        same = segments[:, :, None] == segments[:, None, :]
+        length = jnp.where(same, positions[:, None, :], 0).max(axis=2, keepdims=True) + 1
+        ratio = jnp.maximum(length, scaling.original_length) / scaling.original_length
+        base *= (scaling.factor * ratio - (scaling.factor - 1)) ** (model.head_size / (model.head_size - 2))
+    turn = positions[:, :, None] * base ** (-2 * plane / model.head_size)
+    if scaling.kind in ("none", "dynamic"):
+        return turn
+    return turn * ((1 - stretched(model)) + stretched(model) / scaling.factor)
+
+
+def stretched(model: Model) -> np.ndarray:
+    """How far each plane is slowed to a `factor`-th, 0 to 1: all alike, by its wavelength, or by its index."""
+    scaling, planes = model.rope_scaling, range(model.head_size // 2)
+    per_turn = [2 * math.pi * model.rope_theta ** (2 * plane / model.head_size) for plane in planes]
+    if scaling.kind == "linear":
+        return np.ones(len(planes))
+    if scaling.kind == "llama3":
+        shortest, longest = scaling.original_length / scaling.high_turns, scaling.original_length / scaling.low_turns
+        blend = scaling.high_turns - scaling.low_turns
+        between = [(scaling.high_turns - scaling.original_length / wave) / blend for wave in per_turn]
+        return np.select([np.less(per_turn, shortest), np.greater(per_turn, longest)], [0.0, 1.0], between)
+    first, last = (
+        model.head_size / 2 * math.log(scaling.original_length / (2 * math.pi * turns), model.rope_theta)
+        for turns in (scaling.high_turns, scaling.low_turns)
+    )
+    first, last = max(math.floor(first), 0), min(math.ceil(last), model.head_size - 1)
+    return np.array([min(max((plane - first) / (last - first), 0.0), 1.0) for plane in planes])
 
 
 def norm(x, scale, bias, model: Model):
@@ -41,12 +74,14 @@ def norm(x, scale, bias, model: Model):
     return (x - x.mean(-1, keepdims=True)) / spread * scale + bias
 
 
-def mlp(x, gate, up, down):
-    raised = x @ up
-    if gate is None:
-        return (0.5 * raised * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (raised + 0.044715 * raised**3)))) @ down
-    gated = x @ gate
-    return (gated / (1 + jnp.exp(-gated)) * raised) @ down
+def mlp(x, w: Named):
+    raised = x @ w["up"] + w.get("up_bias", 0)
+    if "gate" in w:
+        gated = x @ w["gate"] + w.get("gate_bias", 0)
+        inner = gated / (1 + jnp.exp(-gated)) * raised
+    else:
+        inner = 0.5 * raised * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (raised + 0.044715 * raised**3)))
+    return inner @ w["down"] + w.get("down_bias", 0)
 
 
 def hidden(weights: Named, model: Model, ids, segments, positions):
@@ -60,13 +95,16 @@ def hidden(weights: Named, model: Model, ids, segments, positions):
 
 def _layer(x, w: Named, model: Model, segments, positions):
     first = norm(x, w["attention_norm"], w.get("attention_norm_bias"), model)
-    q, k, v = (jnp.einsum("bsd,dhe->bshe", first, w[name]) for name in ("query", "key", "value"))
-    q, k = (rotate(part, positions, model.rope_theta) for part in (q, k))
-    attended = jnp.einsum("bshe,hed->bsd", attention(q, k, v, segments), w["output"])
+    q, k, v = (
+        jnp.einsum("bsd,dhe->bshe", first, w[name]) + w.get(f"{name}_bias", 0) for name in ("query", "key", "value")
+    )
+    turn = turns(model, segments, positions)
+    q, k = (rotate(part, turn, model.rope_scaling.attention_factor) for part in (q, k))
+    attended = jnp.einsum("bshe,hed->bsd", attention(q, k, v, segments), w["output"]) + w.get("output_bias", 0)
     if model.circuits == "parallel":
-        return x + attended + mlp(first, w.get("gate"), w["up"], w["down"])
+        return x + attended + mlp(first, w)
     x = x + attended
-    return x + mlp(norm(x, w["mlp_norm"], w.get("mlp_norm_bias"), model), w.get("gate"), w["up"], w["down"])
+    return x + mlp(norm(x, w["mlp_norm"], w.get("mlp_norm_bias"), model), w)
 
 
 def logits(weights: Named, model: Model, ids, segments, positions):

@@ -21,6 +21,15 @@ VARIANTS = {
 }
 """Every choice of the model's shape, in combinations that cover the code."""
 
+SCALINGS = {
+    "none": {},
+    "linear": {"kind": "linear", "factor": 4.0},
+    "dynamic": {"kind": "dynamic", "factor": 2.0, "original_length": 16},
+    "llama3": {"kind": "llama3", "factor": 8.0, "original_length": 32},
+    "yarn": {"kind": "yarn", "factor": 4.0, "original_length": 64, "high_turns": 8.0},
+}
+"""Every kind of rope scaling, at lengths where it tells on documents of a few dozen tokens."""
+
 SIZES = {
     "layers": 2,
     "hidden_size": 32,

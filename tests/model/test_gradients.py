@@ -5,6 +5,7 @@ for each piece. In bfloat16, whose unit is 2^-8, the inputs are rounded first an
 backward, stay within BFLOAT16.
 """
 
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain_decoder as plain
 import pytest
-from small_models import batch_of, exact, quick_jit, relative_error, spec_of, weights_of
+from small_models import SCALINGS, batch_of, exact, quick_jit, relative_error, spec_of, weights_of
 
 from xgen.model import as_dict, forward, logits, nll, objective
 from xgen.model import attention as attention_module
@@ -21,6 +22,7 @@ from xgen.model.attention import attention
 from xgen.model.layers import mlp, norm
 from xgen.model.linear import project
 from xgen.model.loss import token_nll, weighted_loss
+from xgen.model.weights import Block
 
 FLOAT32 = 1e-6
 BFLOAT16 = 2.0**-6
@@ -84,18 +86,25 @@ def test_norm(precision, kind):
     assert_same_gradients(of(norm), of(plain.norm), tuple(arrays), (), BOUNDS[precision])
 
 
+SHAPES = {"up": (16, 24), "down": (24, 16), "gate": (16, 24), "up_bias": (24,), "down_bias": (16,), "gate_bias": (24,)}
+
+
 @precisions
+@pytest.mark.parametrize("biased", [False, True], ids=["unbiased", "biased"])
 @pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
-def test_mlp(precision, gated):
+def test_mlp(precision, gated, biased):
+    names = [name for name in SHAPES if (gated or "gate" not in name) and (biased or "bias" not in name)]
+    absent = dict.fromkeys(field.name for field in dataclasses.fields(Block))
+
+    def found(x, *arrays):
+        return mlp(x, Block(**absent | dict(zip(names, arrays, strict=True))))
+
+    def wanted(x, *arrays):
+        return plain.mlp(x, dict(zip(names, arrays, strict=True)))
+
+    arrays = [normal(seed, *SHAPES[name]) / 4 for seed, name in enumerate(names, 1)]
     x = normal(0, 2, 12, 16, precision=precision)
-    up, down, gate = (normal(s, *shape) / 4 for s, shape in ((1, (16, 24)), (2, (24, 16)), (3, (16, 24))))
-    if gated:
-        found, wanted = (lambda x, g, u, d, f=f: f(x, g, u, d) for f in (mlp, plain.mlp))
-        arrays = (x, gate, up, down)
-    else:
-        found, wanted = (lambda x, u, d, f=f: f(x, None, u, d) for f in (mlp, plain.mlp))
-        arrays = (x, up, down)
-    assert_same_gradients(found, wanted, arrays, (), BOUNDS[precision])
+    assert_same_gradients(found, wanted, (x, *arrays), (), BOUNDS[precision])
 
 
 FOUND = {name: partial(attention, backend=name) for name in ("blockwise", "reference")}
@@ -186,14 +195,20 @@ OBJECTIVES = [
     ("parallel", "block"),
     ("jaxformer", "none"),
     ("layer_norm", "dots"),
+    ("biased", "dots"),
+    ("biased", "block"),
+    ("biased_gelu", "none"),
 ]
 
 
-@pytest.mark.parametrize(("variant", "remat"), OBJECTIVES)
-def test_objective(monkeypatch, variant, remat):
+STRETCHED = [("biased", "dots", kind) for kind in SCALINGS if kind != "none"]
+
+
+@pytest.mark.parametrize(("variant", "remat", "kind"), [*((*each, "none") for each in OBJECTIVES), *STRETCHED])
+def test_objective(monkeypatch, variant, remat, kind):
     monkeypatch.setattr(attention_module, "BLOCK", 24)
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 96 * 24)
-    spec = spec_of(variant)
+    spec = spec_of(variant, rope_scaling=SCALINGS[kind])
     weights, batch = weights_of(spec), batch_of(spec, [[11, 24, 6], [41, 0, 0]])
     (total, per_token), gradients = objective_gradients(spec, weights, batch, remat)
     wanted_total, wanted = exact(exact_objective(spec.model, spec.real_vocab), as_dict(weights), batch)
@@ -208,7 +223,7 @@ def test_objective(monkeypatch, variant, remat):
         np.testing.assert_allclose(quick_jit(nll, static_argnums=1)(weights, spec, *batch), per_token, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("variant", "remat"), [("xgen", "dots"), ("grouped_tied", "none"), ("jaxformer", "block")])
+@pytest.mark.parametrize(("variant", "remat"), [("xgen", "dots"), ("biased", "none"), ("jaxformer", "block")])
 def test_objective_in_bfloat16(variant, remat):
     """Master weights and gradients stay float32; the gradient is the float64 one's within eight units of bfloat16."""
     spec = spec_of(variant, precision="bfloat16")

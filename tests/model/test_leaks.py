@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import VARIANTS, batch_of, quick_jit, spec_of, weights_of
+from small_models import SCALINGS, VARIANTS, batch_of, quick_jit, spec_of, weights_of
 
 from xgen.model import attention as attention_module
-from xgen.model import last_logits, logits
+from xgen.model import last_logits, logits, rope
 
 ROWS = [[9, 1, 23, 4], [5, 5, 17, 10]]
 """Documents of each row: a short one, one of a single token, and one across the blocks of 24."""
@@ -41,6 +41,11 @@ def _several_blocks(monkeypatch):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_leaks(variant, backend):
     assert leaks(spec_of(variant, attention=backend)) == []
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_nothing_leaks_with_stretched_positions(kind):
+    assert leaks(spec_of("biased", rope_scaling=SCALINGS[kind])) == []
 
 
 def test_nothing_leaks_in_bfloat16():
@@ -103,24 +108,34 @@ def test_without_a_document_mask_attention_is_causal_over_the_row():
     np.testing.assert_array_equal(score(ids, zeros), score(ids, zeros + 3))
 
 
-def test_a_document_has_the_logits_it_has_alone():
-    spec = spec_of("grouped_tied")
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_document_has_the_logits_it_has_alone(kind):
+    """One of 23 tokens beside one of 9: past a dynamic scaling's original length of 16, and within it."""
+    spec = spec_of("grouped_tied", rope_scaling=SCALINGS[kind])
     weights, (ids, _, segments, positions) = weights_of(spec), batch_of(spec, ROWS)
     packed = np.asarray(quick_jit(lambda ids: logits(weights, spec, ids, segments, positions))(ids))
-    start, stop = 10, 33
-    alone = ids[:1, start:stop]
-    places = jnp.arange(stop - start)[None]
-    score = quick_jit(lambda ids: logits(weights, spec, ids, jnp.zeros_like(ids), places))
-    np.testing.assert_allclose(packed[0, start:stop], np.asarray(score(alone))[0], rtol=1e-5, atol=1e-5)
+    for start, stop in ((0, 9), (10, 33)):
+        alone = ids[:1, start:stop]
+        places = jnp.arange(stop - start)[None]
+        score = quick_jit(lambda ids, places=places: logits(weights, spec, ids, jnp.zeros_like(ids), places))
+        np.testing.assert_allclose(packed[0, start:stop], np.asarray(score(alone))[0], rtol=1e-5, atol=1e-5)
 
 
-def test_the_last_logits_are_those_of_the_first_tokens():
+def test_the_probe_detects_a_dynamic_scaling_that_sees_the_whole_row(monkeypatch):
+    monkeypatch.setattr(rope, "_document_lengths", lambda positions, _: jnp.full_like(positions, positions.shape[1]))
+    with pytest.raises(AssertionError):
+        test_a_document_has_the_logits_it_has_alone("dynamic")
+
+
+@pytest.mark.parametrize("kind", ["none", "dynamic"])
+def test_the_last_logits_are_those_of_the_first_tokens(kind):
     """What stands after them in the row is not looked at."""
-    spec = spec_of("grouped_tied")
+    spec = spec_of("grouped_tied", rope_scaling=SCALINGS[kind])
     weights, (ids, _, segments, positions) = weights_of(spec), batch_of(spec, [[37], [37]])
-    whole = quick_jit(lambda ids: logits(weights, spec, ids, segments, positions))(ids)
+    score = quick_jit(lambda *batch: logits(weights, spec, *batch))
     last = quick_jit(lambda ids, length: last_logits(weights, spec, ids, length))
-    for length in (1, 24, 25, 37):
+    for length in (1, 25, 37):
         found = last(ids, jnp.asarray(length))
-        np.testing.assert_allclose(found, whole[:, length - 1], rtol=1e-5, atol=1e-5)
+        whole = score(*(part[:, :length] for part in (ids, segments, positions)))
+        np.testing.assert_allclose(found, whole[:, -1], rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(found, last(ids.at[:, length:].set(0), jnp.asarray(length)))

@@ -52,6 +52,7 @@ def inline(value: Any) -> str:
 
 _NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,8}", fullmatch=True)
 _POSITIVE = st.floats(1e-12, 1e12)
+_SCALINGS = [{"kind": "linear", "factor": 1.5}, {"kind": "yarn", "factor": 4}, {"kind": "llama3", "high_turns": 8}]
 
 
 @st.composite
@@ -63,10 +64,11 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     stages = [_stage(draw, name, sources) for name in names]
     model = {"layers": draw(st.integers(1, 99)), "hidden_size": 2 * heads * pairs, "heads": heads}
     _perhaps(draw, model, "kv_heads", st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
-    _perhaps(draw, model, "rope_theta", _POSITIVE)
+    _perhaps(draw, model, "rope_theta", st.floats(1.01, 1e12))
     _perhaps(draw, model, "activation", st.sampled_from(["swiglu", "gelu"]))
     _perhaps(draw, model, "tied_embeddings", st.booleans())
-    _perhaps(draw, model, "rope_scaling", st.just({"kind": "yarn", "factor": 4}))
+    _perhaps(draw, model, "rope_scaling", st.sampled_from(_SCALINGS))
+    _perhaps(draw, model, "attention_bias", st.booleans())
     optimizer: dict[str, Any] = {"learning_rate": draw(_POSITIVE)}
     _perhaps(draw, optimizer, "betas", st.lists(st.floats(0, 0.999), min_size=2, max_size=2))
     _perhaps(draw, optimizer, "warmup", st.just(0))

@@ -1,5 +1,6 @@
 """What a recipe leaves out follows from what it says, and says from what."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from xgen.errors import RecipeError
 from xgen.recipe.derive import DERIVED_KEYS
 from xgen.recipe.keys import field_at, numberless, recipe_keys
 from xgen.recipe.load import Resolved, load_recipe
+from xgen.recipe.schema import RopeScaling
 
 
 @pytest.fixture
@@ -52,6 +54,35 @@ def test_the_mlp_of_known_models(smallest: Path, hidden_size: int, mlp_size: int
 
 def test_gelu_has_two_matrices_of_four_times_the_width(smallest: Path) -> None:
     assert load_recipe(smallest, ["model.activation=gelu"]).recipe.model.mlp_size == 256
+
+
+@pytest.mark.parametrize(
+    ("scaling", "high_turns", "attention_factor"),
+    [
+        ("{ kind = 'none' }", 4, 1),
+        ("{ kind = 'linear', factor = 4 }", 4, 1),
+        ("{ kind = 'dynamic', factor = 4 }", 4, 1),
+        ("{ kind = 'llama3', factor = 4 }", 4, 1),
+        ("{ kind = 'yarn' }", 32, 1),
+        ("{ kind = 'yarn', factor = 4 }", 32, 1.13862944),  # 1 + 0.1 ln 4
+        ("{ kind = 'yarn', factor = 4, high_turns = 16, attention_factor = 1 }", 16, 1),
+    ],
+)
+def test_the_turns_and_the_sharpening_of_each_rope_scaling(
+    smallest: Path, scaling: str, high_turns: float, attention_factor: float
+) -> None:
+    found = load_recipe(smallest, [f"model.rope_scaling={scaling}"]).recipe.model.rope_scaling
+    assert (found.low_turns, found.high_turns) == (1, high_turns)
+    assert found.attention_factor == pytest.approx(attention_factor)
+    elsewhere = tomllib.loads(f"scaling = {scaling}")["scaling"]
+    assert found == RopeScaling(**elsewhere), "what a model file leaves out derives alike"
+
+
+def test_what_the_sharpening_comes_from_is_said(smallest: Path) -> None:
+    resolved = load_recipe(smallest, ["model.rope_scaling={ kind = 'yarn', factor = 4 }"])
+    assert origin(resolved, "model.rope_scaling.attention_factor") == ("derived", "model.rope_scaling.kind and factor")
+    assert origin(resolved, "model.rope_scaling.high_turns")[0] == "derived"
+    assert origin(resolved, "model.rope_scaling.low_turns") == ("default", "")
 
 
 def test_stages_take_over_from_the_one_before(smallest: Path) -> None:

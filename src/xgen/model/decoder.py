@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from xgen.model.attention import attention
-from xgen.model.layers import PROJECTION, mlp, named, norm
-from xgen.model.linear import accumulator, project
+from xgen.model.layers import PROJECTION, linear, mlp, norm
+from xgen.model.linear import accumulator
 from xgen.model.loss import masked_logits, token_nll, weighted_loss
 from xgen.model.rope import angles, rotate
 from xgen.model.spec import Spec
@@ -39,7 +39,7 @@ def forward(
     `segments` numbers the documents of a row, `positions` the places within them. `remat` says what the backward
     pass recomputes: "none", "dots" (all but the products' results), "block" (everything but the layers' inputs).
     """
-    places = Places(*angles(positions, spec.model, accumulator(spec.dtype)), segments)
+    places = Places(*angles(positions, segments, spec.model, accumulator(spec.dtype)), segments)
     x = weights.embedding[ids].astype(spec.dtype)
     layer = _rematerialised(lambda x, w: (block(x, w, places, spec), None), remat)
     x, _ = jax.lax.scan(layer, x, weights.block)
@@ -52,19 +52,19 @@ def block(x: Float[Array, "B S D"], w: Block, at: Places, spec: Spec) -> Float[A
     normed = norm(x, w.attention_norm, w.attention_norm_bias, spec.model)
     attended = attend(normed, w, at, spec)
     if w.mlp_norm is None:
-        return x + attended + mlp(normed, w.gate, w.up, w.down)
+        return x + attended + mlp(normed, w)
     x = x + attended
-    return x + mlp(norm(x, w.mlp_norm, w.mlp_norm_bias, spec.model), w.gate, w.up, w.down)
+    return x + mlp(norm(x, w.mlp_norm, w.mlp_norm_bias, spec.model), w)
 
 
 def attend(x: Float[Array, "B S D"], w: Block, at: Places, spec: Spec) -> Float[Array, "B S D"]:
     """The attention circuit on a normed input."""
-    q = rotate(named(project(x, w.query)), at.cosine, at.sine)
-    k = rotate(named(project(x, w.key)), at.cosine, at.sine)
-    v = named(project(x, w.value))
+    q = rotate(linear(x, w.query, w.query_bias), at.cosine, at.sine)
+    k = rotate(linear(x, w.key, w.key_bias), at.cosine, at.sine)
+    v = linear(x, w.value, w.value_bias)
     mixed = attention(q, k, v, at.segments, spec.compute.attention)
     flat = mixed.reshape(*mixed.shape[:2], -1)
-    return named(project(flat, w.output.reshape(flat.shape[-1], -1)))
+    return linear(flat, w.output.reshape(flat.shape[-1], -1), w.output_bias)
 
 
 def _rematerialised(layer: Callable[..., tuple[Array, None]], remat: str) -> Callable[..., tuple[Array, None]]:
@@ -131,6 +131,6 @@ def logits(
 def last_logits(weights: Weights, spec: Spec, ids: Int[Array, "B S"], length: Int[Array, ""]) -> Float[Array, "B V"]:
     """Logits of the token after the first `length` of each row; what stands past them is not looked at."""
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    x = forward(weights, spec, ids, jnp.zeros_like(ids), positions)
+    x = forward(weights, spec, ids, (positions >= length).astype(jnp.int32), positions)
     last = jax.lax.dynamic_index_in_dim(x, length - 1, axis=1, keepdims=False)
     return masked_logits(last, head_of(weights), spec.real_vocab)

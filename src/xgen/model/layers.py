@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from xgen.model.linear import accumulator, project
+from xgen.model.weights import Block
 from xgen.recipe.schema import Model
 
 
@@ -23,19 +24,27 @@ def norm(
     return scaled.astype(x.dtype)
 
 
-def mlp(
-    x: Float[Array, "*T D"], gate: Float[Array, "D F"] | None, up: Float[Array, "D F"], down: Float[Array, "F D"]
-) -> Float[Array, "*T D"]:
+def mlp(x: Float[Array, "*T D"], w: Block) -> Float[Array, "*T D"]:
     """SwiGLU (Shazeer 2020) when there is a gate, else GeLU in its tanh form (as JaxFormer's)."""
-    raised = named(project(x, up))
-    inner = jax.nn.gelu(raised, approximate=True) if gate is None else jax.nn.silu(named(project(x, gate))) * raised
-    return named(project(inner, down))
+    inner = linear(x, w.up, w.up_bias)
+    if w.gate is None:
+        inner = jax.nn.gelu(inner, approximate=True)
+    else:
+        inner = jax.nn.silu(linear(x, w.gate, w.gate_bias)) * inner
+    return linear(inner, w.down, w.down_bias)
 
 
 PROJECTION = "projection"
 
 
-def named(x: Array) -> Array:
-    """Mark a product's result, so that the rematerialisation policy "dots" can keep it."""
-    marked: Array = checkpoint_name(x, PROJECTION)
-    return marked
+def linear(
+    x: Float[Array, "*T D"],
+    weight: Float[Array, "D *N"],  # noqa: UP037 - a shape, not a product
+    bias: Float[Array, "*N"] | None,
+) -> Float[Array, "*TN"]:
+    """The product, marked so that the rematerialisation policy "dots" can keep it, and the bias.
+
+    The sum is taken in float32, and so is the bias's gradient: a sum over all tokens.
+    """
+    product: Array = checkpoint_name(project(x, weight), PROJECTION)
+    return product if bias is None else (product.astype(accumulator(x.dtype)) + bias).astype(x.dtype)

@@ -7,7 +7,7 @@ from math import lcm
 
 from xgen.recipe.draft import Origin
 from xgen.recipe.keys import quote_key
-from xgen.recipe.schema import Mesh, Model, Recipe
+from xgen.recipe.schema import Mesh, Model, Recipe, RopeScaling
 from xgen.recipe.units import format_length, format_tokens
 from xgen.recipe.values import Problem
 
@@ -48,12 +48,36 @@ def _check_model(model: Model, origins: Mapping[str, Origin]) -> Iterator[Proble
     if model.heads % model.kv_heads:
         fitting = _near(model.kv_heads, _divisors(model.heads))
         yield Problem("model.kv_heads", f"{model.kv_heads} does not divide heads {model.heads}; use {fitting}")
-    scaling = model.rope_scaling
+    yield from check_rope(model)
+
+
+def check_rope(model: Model) -> Iterator[Problem]:
+    """A problem for every contradiction in the rotary positions, wherever the model comes from."""
+    scaling, at = model.rope_scaling, "model.rope_scaling"
     if scaling.kind == "none" and scaling.factor != 1.0:
-        text = f'{scaling.factor:g} has no effect while kind is "none"; set model.rope_scaling.kind or take it out'
-        yield Problem("model.rope_scaling.factor", text)
+        text = f'{scaling.factor:g} has no effect while kind is "none"; set {at}.kind or take it out'
+        yield Problem(f"{at}.factor", text)
     if scaling.factor < 1.0:
-        yield Problem("model.rope_scaling.factor", f"{scaling.factor:g} would shorten the context; use 1 or more")
+        yield Problem(f"{at}.factor", f"{scaling.factor:g} would shorten the context; use 1 or more")
+    plain = RopeScaling()
+    for name, kinds in _ONLY_OF.items():
+        value = getattr(scaling, name)
+        if scaling.kind not in kinds and value != getattr(plain, name):
+            text = f'{value:g} has no effect while kind is "{scaling.kind}"; take it out, or set kind to '
+            yield Problem(f"{at}.{name}", text + _either([f'"{kind}"' for kind in kinds]))
+    if scaling.kind in _ONLY_OF["high_turns"] and scaling.high_turns <= scaling.low_turns:
+        text = f"{scaling.high_turns:g} is not above low_turns {scaling.low_turns:g}, and planes are blended between; "
+        yield Problem(f"{at}.high_turns", f"{text}use more, or fewer low_turns")
+    if scaling.kind == "dynamic" and model.head_size < 4:
+        text = f"{model.head_size} has no slower plane for a dynamic rope_scaling to stretch; use 4 or more"
+        yield Problem("model.head_size", text)
+    if scaling.kind == "yarn" and model.rope_theta <= 1.0:
+        text = f"{model.rope_theta:g} lets no plane turn slower than another, which yarn tells them by; use more than 1"
+        yield Problem("model.rope_theta", text)
+
+
+_ONLY_OF = {"low_turns": ("llama3", "yarn"), "high_turns": ("llama3", "yarn"), "attention_factor": ("yarn",)}
+"""The kinds of scaling that have a use for a key."""
 
 
 def _check_vocabulary(recipe: Recipe) -> Iterator[Problem]:
