@@ -37,7 +37,7 @@ from xgen.tokens.tokenizer import Tokenizer
 _STORED: dict[str, StoredType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """ggml's types that are no quantisation."""
 
-_PART = 1 << 22
+_PART = 1 << 20
 """Elements dequantised at once: the library holds a few float32 copies of them."""
 
 _LISTED = 12
@@ -134,7 +134,7 @@ def _dequantised(raw: np.ndarray, tensor: Tensor) -> np.ndarray:
     step = _PART // block
     with np.errstate(all="ignore"):  # a scale that is no finite number is told of afterwards, by its weight
         for start in range(0, len(blocks), step):
-            part = blocks[start : start + step]
+            part = blocks[start : start + step].reshape(1, -1)  # as one row: the library takes 16 rows at a time
             found[start : start + step] = gguf.dequantize(part, kind).reshape(-1, block)
     return found.reshape(tensor.shape)
 

@@ -35,8 +35,8 @@ from xgen.tokens.llama_cpp import to_gguf
 QUANTISATIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 _KINDS = {"F32": TYPES["float32"], "F16": TYPES["float16"], "BF16": TYPES["bfloat16"]}
 
-_PART = 1 << 22
-"""Elements turned round and cast at once: 16 MiB in float32."""
+_PART = 1 << 20
+"""Elements turned round and cast at once: 4 MiB in float32."""
 
 _ONLY = {"circuits": "sequential", "activation": "swiglu", "norm": "rms"}
 _TOKENIZER = "tokenizer.ggml."
@@ -229,10 +229,11 @@ def _stored(part: np.ndarray, tensor: _Tensor) -> np.ndarray:
     if tensor.kind != "Q8_0":
         return cast(part, _KINDS[tensor.kind], tensor.name)
     gguf = library()
-    largest = float(np.abs(part.astype(np.float32)).max())
+    part = part.astype(np.float32).reshape(1, -1)  # as one row: the library takes 16 rows at a time
+    largest = float(np.abs(part).max())
     if largest / 127 > np.finfo(np.float16).max:  # the scale of a block is a float16
         raise CheckpointError(f"{tensor.name} holds {largest:g}, too large for q8_0; choose bf16 or f32")
-    quantised: np.ndarray = gguf.quantize(part.astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
+    quantised: np.ndarray = gguf.quantize(part, gguf.GGMLQuantizationType.Q8_0)
     return quantised
 
 
