@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from micro_runs import Micro, assert_one_error, command
+from micro_runs import Micro, assert_one_error, command, weights_hash
 
 
 def test_list_shows_each_checkpoint_oldest_first(micro: Micro, tmp_path: Path) -> None:
@@ -66,6 +66,22 @@ def test_hash_is_of_the_weights_in_table_order(micro: Micro) -> None:
         done = command("checkpoint", "hash", model, "--json", "-")
         assert json.loads(done.out)["weights_sha256"] == digest.hexdigest()
     assert command("checkpoint", "hash", f"{micro.straight}@32").out.split()[0] != digest.hexdigest()
+
+
+def test_a_converted_folder_is_listed_verified_and_hashed_as_a_run_is(micro: Micro, tmp_path: Path) -> None:
+    from xgen.convert.native import open_run, write_native
+
+    out = tmp_path / "out"
+    write_native(*open_run(str(micro.straight)), out)
+    assert weights_hash(out) == weights_hash(out, "@0") == weights_hash(micro.straight)
+    (row,) = json.loads(command("checkpoint", "list", out, "--json", "-").out)
+    files = [file for file in (out / "checkpoints").rglob("*.safetensors") if file.is_file()]
+    assert (row["tokens"], row["stage"], row["bytes"]) == (0, "", sum(file.stat().st_size for file in files))
+    assert command("checkpoint", "verify", out).out.endswith(f"{0:015d}: whole\n")
+    with files[0].open("ab") as stream:
+        stream.write(b"x")
+    assert_one_error(command("checkpoint", "verify", out), 2, "1 of 1 checkpoints are damaged")
+    assert_one_error(command("checkpoint", "hash", out), 2, str(files[0]))
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def _inspect(path: Path) -> Manifest | str:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{file} is missing"
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return _altered(file)
     if not isinstance(facts, dict) or facts.pop("sha256", None) != _own_sha256(facts):
         return _altered(file)

@@ -16,7 +16,10 @@ from xgen.checkpoints.manifest import Manifest, Storage
 from xgen.errors import CheckpointError
 
 PART_BYTES = 64 * 2**20
-"""Read, or stored and compressed, as one, where a layer is not larger."""
+"""Of an array in a tree: stored and compressed as one."""
+
+_READ_BYTES = 8 * 2**20
+"""Of an array in a file: read at once, where a layer is not larger."""
 
 SAFETENSORS_TYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -110,7 +113,7 @@ class _InFile:
             raise _unreadable(self._what, cause) from cause
         self._begin = 8 + length
         self._row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        self.step = max(1, PART_BYTES // max(1, self._row_bytes))
+        self.step = max(1, _READ_BYTES // max(1, self._row_bytes))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         array = np.empty((stop - start, *self.shape[1:]), self.dtype)

@@ -80,7 +80,7 @@ class DescriptionFile(Section):
             fault = cause.errors()[0]
             where = ".".join(map(str, fault["loc"])) or "model"
             told = f"{where}: {fault['msg']}, got {fault['input']!r:.40}"
-        except ValueError as cause:
+        except (ValueError, RecursionError) as cause:
             told = str(cause)
         raise CheckpointError(f"{file} describes no model that this XGen knows ({told}); convert the model again")
 
