@@ -10,6 +10,9 @@ from typing import Any
 from xgen.errors import DataError
 
 MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+"""The parts of a document that are a step or a sequence of steps, and what holds the latter."""
+
 METASPACE = "▁"
 """SentencePiece's sign for a space."""
 
@@ -31,10 +34,12 @@ def read_document(path: Path) -> dict[str, Any]:
         ) from cause
     except OSError as cause:
         raise DataError(f"cannot read the tokenizer {path}: {cause.strerror or cause}") from cause
-    except ValueError as cause:
+    except (ValueError, RecursionError) as cause:
         raise DataError(f"{path} is not a tokenizer.json: {cause}") from cause
     if not _is_tokenizer(document):
         raise DataError(f"{path} is not a tokenizer.json: it has no model with a vocabulary, or no added_tokens")
+    if wrong := next((part for part, inner in STEPS.items() if not _is_step(document.get(part), inner)), None):
+        raise DataError(f"{path} is not a tokenizer.json: in its {wrong} is a step without a type")
     model = document["model"]
     # Files of before tokenizers 0.10 leave the type out where the fields tell it.
     if model.setdefault("type", "BPE" if "merges" in model else None) not in MODELS:
@@ -53,6 +58,16 @@ def _is_tokenizer(document: object) -> bool:
         and isinstance(model.get("vocab"), list if "unk_id" in model else dict)
         and isinstance(added := document.get("added_tokens"), list)
         and all(isinstance(token, dict) and {"id", "content", "special"} <= token.keys() for token in added)
+    )
+
+
+def _is_step(step: object, inner: str) -> bool:
+    """Whether `step` and all in it say of what type they are; the library guesses otherwise."""
+    return step is None or (
+        isinstance(step, dict)
+        and isinstance(step.get("type"), str)
+        and isinstance(steps := step.get(inner, []), list)
+        and all(_is_step(part, inner) for part in steps)
     )
 
 
@@ -125,8 +140,25 @@ def _forms(pair: str | list[str], control: dict[str, int]) -> bool:
 
 def is_byte_level(document: dict[str, Any]) -> bool:
     """Whether the vocabulary is written in the byte-level alphabet, which the decoder tells."""
+    return any(step["type"] == "ByteLevel" for step in _decoders(document))
+
+
+def decodes_bytes(document: dict[str, Any]) -> bool:
+    """Whether the decoder joins SentencePiece's pieces: ▁ to spaces, <0xNN> to bytes, a space off the front perhaps."""
+    steps = _decoders(document)
+    kinds = [step["type"] for step in steps]
+    spaces = {"type": "Replace", "pattern": {"String": METASPACE}, "content": " "}
+    return kinds[1:] in (["ByteFallback", "Fuse"], ["ByteFallback", "Fuse", "Strip"]) and steps[0] == spaces
+
+
+def strips_space(document: dict[str, Any]) -> bool:
+    """Whether decoding takes a space off the front."""
+    return any(step["type"] == "Strip" and step["start"] == 1 for step in _decoders(document))
+
+
+def _decoders(document: dict[str, Any]) -> list[dict[str, Any]]:
     decoder = document.get("decoder") or {}
-    return any(step["type"] == "ByteLevel" for step in (decoder, *decoder.get("decoders", ())) if step)
+    return [step for step in decoder.get("decoders", [decoder]) if step]
 
 
 def piece_bytes(piece: str, model: dict[str, Any]) -> bytes:

@@ -113,7 +113,7 @@ def _rows(document: dict[str, Any], rows: int, kinds: Mapping[str, Kind]) -> tup
     tokens = {index: token for token, index in vocab.items()}
     if len(tokens) != len(vocab) or max(tokens, default=rows) >= rows:
         raise DataError(
-            f"a tokenizer of {len(vocab)} tokens with ids up to {max(tokens, default=0)} does not fit {rows} rows one to one; "
+            f"a tokenizer of {len(vocab)} tokens with ids up to {max(tokens, default=0)} does not fit {rows} rows; "
             "llama.cpp needs a row for each"
         )
     added = {token["content"]: Kind.USER_DEFINED for token in document["added_tokens"]}

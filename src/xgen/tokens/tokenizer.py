@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -20,9 +21,11 @@ from xgen.tokens.bytelevel import ALPHABET, END_OF_TEXT, byte_level_document, cu
 from xgen.tokens.document import (
     BARRED,
     control_tokens,
+    decodes_bytes,
     is_byte_level,
     piece_bytes,
     read_document,
+    strips_space,
     vocabulary,
     without_control,
 )
@@ -36,6 +39,9 @@ PART = 1 << 15
 
 GROUP = 1 << 21
 """Characters encoded at once: the tokenizers library holds about 120 bytes for each, so about 250 MB."""
+
+LARGEST_ID = 1 << 24
+"""Tables by id are held; a higher id could only come from a faulty file, and would fill the memory."""
 
 LISTED = 12
 """Control tokens that an error lists; some vocabularies hold hundreds."""
@@ -51,9 +57,12 @@ class Tokenizer:
     def __init__(self, document: dict[str, Any], name: str, end_of_text: str = END_OF_TEXT) -> None:
         """`document` is a parsed `tokenizer.json` as `read_document` gives it, `name` what errors call it.
 
-        Raises DataError when `end_of_text` is not one of its control tokens, or its ids contradict each other.
+        Raises DataError when `end_of_text` is not one of its control tokens, its ids contradict each other, or the
+        tokenizers library finds the document broken.
         """
         self.name = name
+        with _library(name):
+            self._whole = tokenizers.Tokenizer.from_str(json.dumps(document))
         self._document = document
         self._control_ids = control_tokens(document)
         if end_of_text not in self._control_ids:
@@ -62,10 +71,10 @@ class Tokenizer:
         self._vocabulary = vocabulary(document)
         self.size: int = max(self._vocabulary.values()) + 1
         """Count of real ids: the highest, plus one."""
-        self._whole = tokenizers.Tokenizer.from_str(json.dumps(document))
         self._check_ids()
         plain = without_control(document)
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+        with _library(name):
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
         self._guarded = document["model"]["type"] == "Unigram"
         self._cuttable = is_gpt2_split(plain)
 
@@ -94,7 +103,8 @@ class Tokenizer:
         """
         if control:
             _check_unicode(text)
-            ids: list[int] = self._whole.encode(text, add_special_tokens=False).ids
+            with _library(self.name):
+                ids: list[int] = self._whole.encode(text, add_special_tokens=False).ids
             return ids
         return self.encode_batch([text])[0]
 
@@ -102,7 +112,8 @@ class Tokenizer:
         """`encode` of each text, in parallel on all cores; working memory does not grow with the texts."""
         rows: list[list[int]] = [[] for _ in texts]
         for group in _groups(self._parts(texts)):
-            batch = self._plain.encode_batch_fast([part for _, part in group], add_special_tokens=False)
+            with _library(self.name):
+                batch = self._plain.encode_batch_fast([part for _, part in group], add_special_tokens=False)
             for (row, _), encoding in zip(group, batch, strict=True):
                 rows[row].extend(encoding.ids)
         if self._guarded:
@@ -123,6 +134,10 @@ class Tokenizer:
             raise DataError(f"id {min(known)} is negative: it stands for no token; remove masked positions first")
         if is_byte_level(self._document):
             return b"".join(map(self.token_bytes, known)).decode("utf-8", errors="replace")
+        if decodes_bytes(self._document):
+            # The library gives up a whole run of bytes where one is wrong.
+            text = b"".join(map(self.token_bytes, known)).decode("utf-8", errors="replace")
+            return text.removeprefix(" " * strips_space(self._document))
         return "".join(
             self._whole.decode(list(run), skip_special_tokens=False) if real else UNKNOWN * len(list(run))
             for real, run in groupby(known, key=self._is_real)
@@ -164,6 +179,11 @@ class Tokenizer:
         return index < self.size and self._pieces[index] is not None
 
     def _check_ids(self) -> None:
+        if self.size > LARGEST_ID or len(set(self._vocabulary.values())) != len(self._vocabulary):
+            raise DataError(
+                f"tokenizer {self.name} has {len(self._vocabulary)} tokens, and two with one id, or one with an id as "
+                f"high as {self.size - 1}; correct the file"
+            )
         for token in self._document["added_tokens"]:
             content, stated, real = token["content"], token["id"], self._whole.token_to_id(token["content"])
             if real != stated:
@@ -181,6 +201,18 @@ class Tokenizer:
         """Ids of BARRED pieces."""
         pieces = enumerate(without_control(self._document)["model"]["vocab"])
         return {index for index, (piece, _) in pieces if piece.startswith(BARRED)}
+
+
+@contextmanager
+def _library(name: str) -> Iterator[None]:
+    """The tokenizers library's failures as DataError: it raises bare Exception, and where Rust panics a class of
+    BaseException that cannot be imported."""
+    try:
+        yield
+    except BaseException as cause:
+        if type(cause) is not Exception and type(cause).__name__ != "PanicException":
+            raise
+        raise DataError(f"tokenizer {name} cannot be used: {cause}") from cause
 
 
 def load_tokenizer(name: str, end_of_text: str = END_OF_TEXT) -> Tokenizer:
