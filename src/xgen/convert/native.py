@@ -160,7 +160,7 @@ def describe_run(model: str) -> Description:
     before = [start.context_length] if start else []
     return Description(
         name=recipe.name,
-        model=recipe.model,
+        model=start.model if start is not None and tokens == 0 else recipe.model,  # before the run changed its rope
         real_vocab=tokenizer.size,
         context_length=max(seen + before, default=recipe.stages[0].length),
         tokenizer=tokenizer,

@@ -64,15 +64,15 @@ def loss_by_position(
     length: int,
     seed: int = 1,
     advance: Advance | None = None,
-    edge: int | None = None,
+    since: int | None = None,
 ) -> Sums:
-    """Loss in the bins of `position_bins(length, edge)` of windows of `length` ids at random offsets: [D, bins].
+    """Loss in the bins of `position_bins(length, since)` of windows of `length` ids at random offsets: [D, bins].
 
     The offsets depend on `seed` and the count of documents only, so every model is asked the same.
     """
     offsets = windows.random_offsets(len(documents), length, seed)
     plan = windows.by_position([len(ids) for ids in documents], length, offsets)
-    return _accumulate(score, documents, plan, [first for first, _ in windows.position_bins(length, edge)], advance)
+    return _accumulate(score, documents, plan, [first for first, _ in windows.position_bins(length, since)], advance)
 
 
 def fixed_target_loss(

@@ -129,16 +129,17 @@ def fixed_target(
     }
 
 
-def position_bins(length: int, edge: int | None = None) -> list[tuple[int, int]]:
+def position_bins(length: int, since: int | None = None) -> list[tuple[int, int]]:
     """Bins (from, to), both inclusive, of the count of ids a token is predicted from (1 .. length).
 
-    Each begins at a power of two below `length`, one more at `edge` if that is below it; the last one ends at `length`.
+    Each begins at a power of two below `length`; what lies from `since` on is cut into four more at least. The last one
+    ends at `length`.
     """
     starts = [1]
     while starts[-1] * 2 < length:
         starts.append(starts[-1] * 2)
-    if edge is not None and edge < length:
-        starts = sorted({*starts, edge})
+    if since is not None and since < length:
+        starts = sorted({*starts, *(since + (length - since) * part // 4 for part in range(4))})
     return list(zip(starts, [start - 1 for start in starts[1:]] + [length], strict=True))
 
 

@@ -13,6 +13,9 @@ from xgen.recipe.write import toml_value
 START = "start"
 """What the model that a run continues is called among the run's stages."""
 
+NEW_ROPE = f"{START}, new rope"
+"""What the same model is called when it is measured with the rotary frequencies of the run."""
+
 _FREE = ("rope_theta", "rope_scaling", "initialisation")
 """Keys of the model that no weight depends on: the rotary frequencies are how a longer length is reached."""
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from xgen.recipe.base import NEW_ROPE, START
 from xgen.report import words
 from xgen.report.plots import Axis, Hit, Plot, Rule, Series, data_bounds
 from xgen.report.read import ByPosition, FixedTarget, Floats, Run
@@ -18,6 +19,9 @@ Item = TypeVar("Item")
 
 TONES = 6
 MARKERS = ("circle", "square", "triangle", "diamond")
+UNTRAINED = (START, NEW_ROPE)
+"""The model that a run continues, as it was and with the run's rope."""
+UNTRAINED_TONES = ("ink", "quiet")
 MOST_DOTS = 60
 POINTS = 160
 """Points a curve is thinned to."""
@@ -43,7 +47,7 @@ def even(items: Sequence[Item], most: int) -> list[Item]:
 
 def tone(stage: int) -> str:
     """CSS class of a stage's colour; they come round again after six, where the labels tell lines apart."""
-    return f"t{stage % TONES}"
+    return f"t{stage % TONES}" if stage >= 0 else UNTRAINED_TONES[stage]
 
 
 def marker(stage: int) -> str:
@@ -51,7 +55,10 @@ def marker(stage: int) -> str:
 
 
 def stage_index(run: Run, checkpoint: str) -> int:
-    """Which stage's end a measured checkpoint is; checkpoints that are none come after the stages, by name."""
+    """Which stage's end a measured checkpoint is. The model that the run continues comes before the stages, below 0,
+    and checkpoints that are none of these after them, by name."""
+    if run.start is not None and checkpoint in UNTRAINED:
+        return UNTRAINED.index(checkpoint) - len(UNTRAINED)
     names = [stage.name for stage in run.recipe.stages]
     rows = (*run.measured.strided, *run.measured.by_position, *run.measured.fixed_target) if run.measured else ()
     others = sorted({row.checkpoint for row in rows}.difference(names))
@@ -61,6 +68,8 @@ def stage_index(run: Run, checkpoint: str) -> int:
 def trained_length(run: Run, checkpoint: str) -> float:
     """Length of the sequences that a checkpoint was last trained on; infinite when it is no stage's."""
     index = stage_index(run, checkpoint)
+    if run.start is not None and index < 0:
+        return float(run.start.context_length)
     return float(run.recipe.stages[index].length) if index < len(run.recipe.stages) else math.inf
 
 
@@ -88,6 +97,18 @@ def stage_rules(run: Run, named: bool = True) -> tuple[Rule, ...]:
         for i, stage in enumerate(run.recipe.stages)
         if i == 0 or starts[i] < run.tokens
     )
+
+
+def old_length(run: Run) -> tuple[Rule, ...]:
+    """Where the model that the run continues was trained to."""
+    if run.start is None:
+        return ()
+    length = run.start.context_length
+    return (Rule(float(length), f"{words.count(length)}: old length", "quiet", short=words.count(length)),)
+
+
+def _upright(run: Run) -> str:
+    return " The upright line is the length that the model came with." if run.start is not None else ""
 
 
 def stage_label(name: str, length: int) -> str:
@@ -254,12 +275,13 @@ def fixed_figure(run: Run) -> Figure | None:
         ),
         y=Axis("loss, nats per token", lambda value: f"{value:.4g}", bounds=bounds),
         series=tuple(series),
+        rules=old_length(run),
         hits=_column_hits(series, contexts, "context"),
     )
     return Figure(
         plot,
         f"The same {target} target tokens, scored with more and more text before them. Dashed, hollow: past the "
-        f"length that the checkpoint was trained on.{note}",
+        f"length that the checkpoint was trained on.{_upright(run)}{note}",
         f"Mean loss of the last {target} tokens of a window inside one held-out document ({documents} documents), the "
         "same tokens at every context. "
         f"Whiskers: {words.NINETY_FIVE} bootstrap over documents of each mean alone. They overlap even where a "
@@ -334,15 +356,16 @@ def position_figure(run: Run) -> Figure | None:
         x=Axis("tokens read before (least of the bin)", lambda value: words.count(int(value)), kind="log"),
         y=Axis("loss, nats per token", lambda value: f"{value:.4g}"),
         series=tuple(series),
+        rules=old_length(run),
         hits=_column_hits(series, starts, "after"),
     )
     return Figure(
         plot,
         f"How the loss falls as more text has been read, up to {words.count(length)} tokens. Dashed, hollow: past the "
-        "length that the checkpoint was trained on.",
+        f"length that the checkpoint was trained on.{_upright(run)}",
         f"Sequences of {words.count(length)} tokens that begin at random places of held-out documents ({documents} "
         "documents); mean loss in bins of positions, a position being the tokens read before the predicted one; bins "
-        "double in width. "
+        f"double in width{' up to the upright line' if run.start is not None else ''}. "
         f"Bands: {words.NINETY_FIVE} bootstrap over documents. Different positions hold different tokens, so a fall "
         "within a line is about text as well as about context.",
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from xgen.errors import StorageError
 from xgen.report import figures, words
+from xgen.report.continued import continued_section, continued_sentences
 from xgen.report.figures import Figure, stage_index, tone, trained_length
 from xgen.report.markup import details, escape, paragraph, section, table
 from xgen.report.plots import NARROW, SMALL, WIDE, Interval, draw, draw_intervals
@@ -45,6 +46,7 @@ def render(run: Run) -> str:
         (
             _header(run),
             _loss_section(run),
+            continued_section(run),
             _context_section(run),
             _position_section(run),
             _matrix_section(run),
@@ -70,6 +72,7 @@ def render(run: Run) -> str:
 
 def _header(run: Run) -> str:
     told = sentences(run)
+    told[1:1] = continued_sentences(run)
     tile_row = "".join(_tile(one) for one in tiles(run))
     description = f'<p class="about">{escape(run.recipe.description)}</p>' if run.recipe.description else ""
     remarks = "".join(f'<p class="remark">{escape(text)}</p>' for text in run.remarks)

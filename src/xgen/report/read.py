@@ -17,10 +17,10 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from xgen.errors import DataError
-from xgen.recipe.schema import Recipe
+from xgen.recipe.schema import Model, Recipe
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -140,6 +140,46 @@ class Gain(Row):
     documents: int
 
 
+class Change(BaseModel):
+    """Loss less that of an earlier checkpoint on the same tokens: negative is a gain."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    against: str
+    difference: float
+    low: Bound
+    high: Bound
+
+
+class SinceStart(Row):
+    """Tokens predicted from `start` to `stop` ids, both included, and what changed since the checkpoints before."""
+
+    measure: str
+    start: int
+    stop: int
+    loss: float
+    low: Bound
+    high: Bound
+    documents: int
+    tokens: int
+    changes: tuple[Change, ...]
+
+    def against(self, checkpoint: str) -> Change | None:
+        return next((one for one in self.changes if one.against == checkpoint), None)
+
+
+class Start(BaseModel):
+    """What is shown of the model that the run continues."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    place: Annotated[str, Field(alias="from")]
+    name: str
+    model: Model
+    context_length: int
+    weights_sha256: str
+
+
 class Measured(BaseModel):
     """The measurements taken after training, of every stage's checkpoint."""
 
@@ -150,6 +190,8 @@ class Measured(BaseModel):
     by_position: tuple[ByPosition, ...]
     fixed_target: tuple[FixedTarget, ...]
     fixed_target_gain: tuple[Gain, ...]
+    since_start: tuple[SinceStart, ...] = ()
+    """Empty unless the run continues a model."""
     notes: tuple[str, ...]
     """What could not be measured, and why."""
 
@@ -181,6 +223,8 @@ class Run:
     measured: Measured | None
     remarks: tuple[str, ...]
     """What could not be read, in words."""
+    start: Start | None = None
+    """The model that the run continues."""
 
     def of_kind(self, kind: str) -> tuple[Event, ...]:
         return tuple(event for event in self.events if event.kind == kind)
@@ -247,6 +291,7 @@ def read_run(folder: Path) -> Run:
         events=_events(folder / "events.jsonl", remarks),
         measured=_measured(folder / "evals" / "after_training.json"),
         remarks=tuple(remarks),
+        start=_start(folder / "start.json"),
     )
 
 
@@ -408,6 +453,15 @@ def _time(value: Any, where: str) -> datetime:
         raise DataError(f"{where} is {value!r}, not a moment; {FOREIGN}") from cause
 
 
+def _start(path: Path) -> Start | None:
+    if not path.is_file():
+        return None
+    try:
+        return Start.model_validate_json(_text(path))
+    except ValidationError as cause:
+        raise DataError(f"{path} is not what a run writes: {_first_problem(cause)}; put it back") from cause
+
+
 def _measured(path: Path) -> Measured | None:
     if not path.is_file():
         return None
@@ -415,6 +469,8 @@ def _measured(path: Path) -> Measured | None:
         value = json.loads(_text(path))
         for row in value["by_position"]:
             row["bins"] = [{"start": one["from"], "stop": one["to"], **one} for one in row["bins"]]
+        for row in value.get("since_start", ()):
+            row |= {"start": row["from"], "stop": row["to"] - 1}
         return Measured.model_validate(value)
     except (json.JSONDecodeError, KeyError, TypeError) as cause:
         raise DataError(f"{path} is not what a run writes ({cause}); take the measurement again") from cause

@@ -227,6 +227,21 @@ def past_length(stage: str, trained: int, context: int, difference: float, low: 
     return f"{start} could not be judged past them: its loss at {count(context)} tokens is not a number."
 
 
+def moved(
+    where: str, what: str, difference: float, low: float, high: float, before: float, after: float, documents: int
+) -> str:
+    """What `what` ("training") did to the loss of a continued model at the positions `where`."""
+    told = verdict(low, high)
+    if told == "not known":
+        return f"{where}, what {what} did is not known: there is no interval."
+    change = f"from {loss(before)} to {loss(after)} nats per token"
+    paired = f"{NINETY_FIVE} interval {signed(low)} to {signed(high)}, paired over {many(documents, 'document')}"
+    if told == "not shown":
+        return f"{where}, {what} is not shown to change the loss: {change}, {signed(difference)} ({paired})."
+    fell = "lowered" if told == "gain" else "raised"
+    return f"{where}, {what} {fell} the loss on held-out text {change}, by {loss(abs(difference))} ({paired})."
+
+
 def compression(bits_per_byte: float, xz_bits_per_byte: float, documents: int, context: int) -> str:
     """The model beside a general compressor on the same held-out text."""
     needs = f"the last checkpoint needs {loss(bits_per_byte, 2)} bits per byte at a context of {count(context)}"

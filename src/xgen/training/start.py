@@ -22,11 +22,8 @@ from xgen.convert.pieces import Source, pieces
 from xgen.errors import CheckpointError
 from xgen.model import Weights, from_dict
 from xgen.model.weights import rows
-from xgen.recipe.base import START, Base
+from xgen.recipe.base import Base
 from xgen.recipe.schema import Model, Recipe
-
-NEW_ROPE = f"{START}, new rope"
-"""What the untrained model is called when it is measured with the rotary frequencies of the run."""
 
 
 @dataclass(frozen=True)
