@@ -12,18 +12,18 @@ from xgen.model.weights import Weight
 
 
 class MemorySource:
-    """Weights in memory as a Source, all of one stored type."""
+    """Weights in memory as a Source; `arrays` by row, of any type."""
 
     def __init__(self, spec: Spec, weights: Weights, dtype: str = "float32") -> None:
-        self._spec, self._dtype = spec, TYPES[dtype]
-        self.arrays = {name: np.asarray(array).astype(self._dtype) for name, array in as_dict(weights).items()}
+        self._spec = spec
+        self.arrays = {name: np.asarray(array).astype(TYPES[dtype]) for name, array in as_dict(weights).items()}
 
     @property
     def spec(self) -> Spec:
         return self._spec
 
     def dtype(self, row: Weight, layer: int | None) -> np.dtype:  # noqa: ARG002 - a Source's signature
-        return self._dtype
+        return self.arrays[row.name].dtype
 
     def read(self, row: Weight, layer: int | None) -> np.ndarray:
         return self.arrays[row.name] if layer is None else self.arrays[row.name][layer]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class _Reader:
         places = self._named(tensor_count, "tensor", lambda name: self._place(name, sizes))
         alignment = fields.get("general.alignment", _ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            self._refuse(f"general.alignment is {alignment}; it must be a power of two")
+            self._refuse(f"general.alignment is {reprlib.repr(alignment)}; it must be a power of two")
         return Header(self._path, fields, self._tensors(places, alignment))
 
     def _named(self, count: int, what: str, read: Callable[[str], T]) -> dict[str, T]:

@@ -184,8 +184,8 @@ def _model(header: Header) -> Model:
         header.refuse(f"heads of size {counts['head_size']} cannot be rotated: it must be even")
     if counts["layers"] > len(header.tensors):
         header.refuse(f"llama.block_count is {counts['layers']}, but the file has {len(header.tensors)} tensors")
-    numbers = {"rope_theta": 10_000.0}
-    numbers |= {field: _number(header, key) for key, field in NUMBERS.items() if key in header.fields}
+    defaults = {"rope_theta": 10_000.0}
+    numbers = {field: _number(header, key, defaults.get(field)) for key, field in NUMBERS.items()}
     if numbers["rope_theta"] <= 1:
         header.refuse(f"llama.rope.freq_base is {numbers['rope_theta']}; it must be over 1")
     try:

@@ -231,7 +231,7 @@ def _stored(part: np.ndarray, tensor: _Tensor) -> np.ndarray:
     gguf = library()
     part = part.astype(np.float32).reshape(1, -1)  # as one row: the library takes 16 rows at a time
     largest = float(np.abs(part).max())
-    if largest / 127 > np.finfo(np.float16).max:  # the scale of a block is a float16
+    if largest / 127 > float(np.finfo(np.float16).max):  # the scale of a block is a float16
         raise CheckpointError(f"{tensor.name} holds {largest:g}, too large for q8_0; choose bf16 or f32")
     quantised: np.ndarray = gguf.quantize(part, gguf.GGMLQuantizationType.Q8_0)
     return quantised
