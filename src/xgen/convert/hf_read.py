@@ -56,8 +56,8 @@ def open_hugging_face(folder: Path) -> tuple[Description, HuggingFaceSource]:
     shape = model_of(files.config)
     source, passed = source_of(folder, Spec(shape.model, shape.model.vocab_size))
     description = _described(files, shape)
-    description = replace(description, dtype=stored_type(source), repairs=(*shape.notes, *passed, *description.repairs))
-    return description, source
+    repairs = (*shape.notes, *passed, *description.repairs)
+    return replace(description, dtype=stored_type(source), repairs=repairs), source
 
 
 _SMALL = ("generation", "tokenizer")
@@ -109,12 +109,7 @@ def _tokenizer(files: _Files, ends: tuple[int, ...], rows: int) -> tuple[Tokeniz
         ]
     tokenizer = load_tokenizer("xgen")
     _require_room(tokenizer.size, rows, "xgen")
-    repairs = [
-        f"XGen's tokenizer is rebuilt, {tokenizer.size} ids; the folder has none that can be read without its code"
-    ]
-    if rows > tokenizer.size:
-        repairs.append(f"rows {tokenizer.size} to {rows - 1} of the vocabulary stand for no token and are masked")
-    return tokenizer, repairs
+    return tokenizer, [f"XGen's tokenizer is rebuilt, {tokenizer.size} ids: the folder has it as a program only"]
 
 
 def _is_xgen(files: _Files) -> bool:
@@ -148,7 +143,8 @@ def _with_added(document: dict[str, Any], files: _Files) -> dict[str, Any]:
     for content, index in _optional(files.folder / "added_tokens.json").items():  # of before transformers 4.34
         added[index] = added_token(index, content, special=content in control)
     for number, token in (stated.get("added_tokens_decoder") or {}).items():
-        flags = {key: token[key] for key in added_token(0, "", special=False) if key in token}
+        # Not "normalized": the text around a token that is cut out first is no part of it.
+        flags = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "special") if key in token}
         added[int(number)] = added_token(int(number), token["content"], special=False) | flags
     return document | {"added_tokens": [added[index] for index in sorted(added)]}
 
