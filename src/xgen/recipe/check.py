@@ -21,11 +21,12 @@ LONGEST_CONTEXT = 8
 """Evaluation may look past the last stage's length, to show how a model fails there, up to this many times it."""
 
 
-def check_recipe(recipe: Recipe, origins: Mapping[str, Origin]) -> list[Problem]:
-    """A problem for every contradiction in `recipe`; `origins` tell a derived value from a given one."""
+def check_recipe(recipe: Recipe, origins: Mapping[str, Origin], continued: bool = False) -> list[Problem]:
+    """A problem for every contradiction in `recipe`; `origins` tell a derived value from a given one. The shape of a
+    model that is `continued` cannot be mended."""
     return [
         *_check_model(recipe.model, origins),
-        *_check_vocabulary(recipe),
+        *_check_vocabulary(recipe, continued),
         *_check_mesh("mesh", recipe.mesh, recipe.model),
         *_check_stages(recipe, origins),
         *_check_schedule(recipe),
@@ -80,11 +81,12 @@ _ONLY_OF = {"low_turns": ("llama3", "yarn"), "high_turns": ("llama3", "yarn"), "
 """The kinds of scaling that have a use for a key."""
 
 
-def _check_vocabulary(recipe: Recipe) -> Iterator[Problem]:
+def _check_vocabulary(recipe: Recipe, continued: bool) -> Iterator[Problem]:
     name, rows = recipe.tokenizer.name, recipe.model.vocab_size
     ids = XGEN_IDS if name == "xgen" else int(name.removeprefix("bpe:")) if name.startswith("bpe:") else 0
     if rows < ids:
-        text = f"{rows} rows are too few for the {ids} ids of tokenizer {name!r}; use {ids} or more, or leave it out"
+        remedy = "take a smaller tokenizer" if continued else f"use {ids} or more, or leave it out"
+        text = f"{rows} rows are too few for the {ids} ids of tokenizer {name!r}; {remedy}"
         yield Problem("model.vocab_size", text)
 
 

@@ -65,7 +65,8 @@ def load_recipe(
     if not all(problem.unknown_key for problem in problems):
         raise RecipeError(_report(source, problems))
     recipe = Recipe.model_validate(draft.tree)
-    problems += [*check_recipe(recipe, draft.origins), *(check_base(recipe, base) if base is not None else ())]
+    problems += check_recipe(recipe, draft.origins, continued=base is not None)
+    problems += check_base(recipe, base) if base is not None else ()
     if problems:
         raise RecipeError(_report(source, problems))
     return Resolved(recipe, draft.origins)
