@@ -71,6 +71,7 @@ HOSTILE = {
     "nested arrays": (header(key("a", ARRAY, struct.pack("<IQIQ", ARRAY, 1, ARRAY, 1))), "array of arrays"),
     "unknown type": (header(key("a", 77, b"")), "type 77"),
     "not utf-8": (header(key("a", STRING, text(b"\xff\xfe"))), "not UTF-8"),
+    "name of two lines": (header(key("a\nb", UINT32, struct.pack("<I", 1))), r"'a\nb', which cannot be printed"),
     "key twice": (header(ARCHITECTURE, ARCHITECTURE), "'general.architecture' is there twice"),
     "tensor twice": (header(ARCHITECTURE, tensors=(tensor("t"), tensor("t", offset=32))), "'t' is there twice"),
     "alignment 0": (header(ARCHITECTURE, key("general.alignment", UINT32, struct.pack("<I", 0))), "alignment is 0"),

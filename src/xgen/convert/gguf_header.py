@@ -129,6 +129,8 @@ class _Reader:
         found: dict[str, T] = {}
         for _ in range(count):
             name = self._string(f"the name of {what} {len(found)}", _LONGEST_NAME)
+            if not name.isprintable():  # errors name it, each on one line
+                self._refuse(f"the name of {what} {len(found)} is {reprlib.repr(name)}, which cannot be printed")
             if name in found:
                 self._refuse(f"{what} {name!r} is there twice")
             found[name] = read(name)
