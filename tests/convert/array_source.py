@@ -5,31 +5,23 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numpy as np
+from memory_source import MemorySource
 from small_models import SIZES, weights_of
 
 from xgen.convert.description import Description
 from xgen.convert.pieces import TYPES, Source, pieces
-from xgen.model import Spec, as_dict
-from xgen.model.weights import Weight, Weights
+from xgen.model import Spec, Weights
 from xgen.recipe.schema import Compute, Model, RopeScaling
 from xgen.tokens.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 
-class ArraySource:
+class ArraySource(MemorySource):
     """`types` says of rows, by name, in which type they are stored; float32 otherwise."""
 
     def __init__(self, spec: Spec, weights: Weights, types: dict[str, str] | None = None) -> None:
-        self.spec, self.weights = spec, weights
-        self._types = types or {}
-        self._arrays = {name: np.asarray(array) for name, array in as_dict(weights).items()}
-
-    def dtype(self, row: Weight, layer: int | None) -> np.dtype:  # noqa: ARG002 - Source's signature
-        return TYPES[self._types.get(row.name, "float32")]
-
-    def read(self, row: Weight, layer: int | None) -> np.ndarray:
-        array = self._arrays[row.name]
-        return (array if layer is None else array[layer]).astype(self.dtype(row, layer))
+        super().__init__(spec, weights)
+        self.weights = weights
+        self.arrays |= {name: self.arrays[name].astype(TYPES[dtype]) for name, dtype in (types or {}).items()}
 
 
 @cache
@@ -65,7 +57,7 @@ def llama(shape: str = "xgen", *, tokenizer: Tokenizer | None = None, **facts: A
     changes = dict(SHAPES[shape])
     scaling = RopeScaling(**changes.pop("rope_scaling", {}))
     real = tokenizer.size if tokenizer is not None else 300
-    sizes = {**SIZES, "vocab_size": real + 20, "initialisation": "fan_in", "rope_scaling": scaling}
+    sizes = {**SIZES, "vocab_size": real + 20, "rope_scaling": scaling}
     model = Model(**{**sizes, **changes})
     spec = Spec(model, real, Compute(precision="float32"))
     description = Description("small", model, real, 256, tokenizer, **facts)
