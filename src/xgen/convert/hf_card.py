@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from xgen.convert.description import Description
 from xgen.model.weights import parameter_count
+
+_KINDS = {"hugging_face": "a Hugging Face folder", "gguf": "a GGUF file"}
 
 # Keys of an origin that have a place of their own in the card.
 _PLACED = ("kind", "recipe", "stages", "data", "tokens", "bits_per_byte", "continued_from", "license")
@@ -70,22 +73,27 @@ def _shape(description: Description) -> list[str]:
 
 
 def _origin(origin: dict[str, Any]) -> list[str]:
-    """A run's recipe, stages and data as tables; whatever else is known of an origin as a list."""
-    lines: list[str] = []
+    """A run's recipe, stages and data as tables; what else is known of an origin as a list."""
+    paragraphs = []
     if origin.get("kind") == "run":
-        lines.append(f"Trained by XGen from the recipe `{_plain(origin['recipe'])}` on {origin['tokens']:,} tokens.")
+        trained = f"Trained by XGen from the recipe `{_plain(origin['recipe'])}` on {origin['tokens']:,} tokens."
+        paragraphs.append([trained])
+    elif "kind" in origin:
+        paragraphs.append(
+            [f"Read by XGen from {_KINDS.get(origin['kind'], _plain(origin['kind']))}; not trained here."]
+        )
     if "continued_from" in origin:
-        lines.append(f"The training continued from the model `{_plain(origin['continued_from'])}`.")
+        paragraphs.append([f"The training continued from the model `{_plain(origin['continued_from'])}`."])
     if stages := origin.get("stages"):
         rows = [(stage["name"], f"{stage['length']:,}", f"{stage['tokens']:,}") for stage in stages]
-        lines += ["", *_table(("stage", "length", "tokens"), rows)]
+        paragraphs.append(_table(("stage", "length", "tokens"), rows))
     if data := origin.get("data"):
-        lines += ["", *_table(("source of data", "from"), data.items())]
-    kind = [("kind", origin["kind"])] if "kind" in origin and origin["kind"] != "run" else []
-    others = [*kind, *((key, value) for key, value in origin.items() if key not in _PLACED)]
-    if others:
-        lines += ["", *_list(f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in others)]
-    return lines[1:] if lines and not lines[0] else lines or ["Unknown."]
+        # Of a folder its name alone: the rest tells of somebody's machine.
+        places = [(name, Path(place).name if Path(place).is_absolute() else place) for name, place in data.items()]
+        paragraphs.append(_table(("source of data", "from"), places))
+    others = [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in origin.items() if key not in _PLACED]
+    paragraphs += [_list(others)] if others else []
+    return [line for paragraph in paragraphs for line in ("", *paragraph)][1:] or ["Unknown."]
 
 
 def _measured(origin: dict[str, Any]) -> list[str]:
@@ -112,7 +120,7 @@ def _limits(description: Description) -> Iterator[str]:
             "itself, and so must whoever samples from the logits."
         )
     if description.chat_template is None:
-        yield "It has no chat template. Unless said above, it was not tuned to follow instructions: it continues text."
+        yield "It has no chat template: it continues text, and nothing here says that it was tuned to follow instructions."
     if description.tokenizer is None:
         yield "There is no tokenizer in this folder: the model takes and gives ids."
     yield "Which languages it knows, and what bias or falsehood it repeats, was not measured here. Do so before use."
