@@ -55,6 +55,18 @@ def test_the_written_form_is_toml_in_units() -> None:
     assert table["notes"]["optimizer.learning_rate"].startswith("LLaMA's value")
 
 
+def test_a_recipe_written_before_a_key_was_added_is_the_same_recipe(tmp_path: Path) -> None:
+    """Run folders outlive releases: what was written without biases and turns means what it meant."""
+    recipe = load_recipe("tiny", ["model.rope_scaling={ kind = 'yarn', factor = 4, original_length = '2K' }"]).recipe
+    text = dump_toml(recipe)
+    scaling, biases = text.partition(", low_turns")[2].partition("}")[0], "attention_bias = false\nmlp_bias = false\n"
+    older = text.replace(", low_turns" + scaling, " ").replace(biases, "")
+    assert 'rope_scaling = { kind = "yarn", factor = 4.0, original_length = "2K" }\ntied_embeddings' in older
+    again = load_recipe(write(tmp_path, older)).recipe
+    assert changed_keys(recipe, again) == []
+    assert again == recipe
+
+
 def test_changed_keys_are_those_that_differ(tmp_path: Path) -> None:
     source = write(tmp_path, SMALLEST)
     old = load_recipe(source).recipe
