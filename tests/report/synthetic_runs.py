@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,11 @@ class MadeUp:
     pieces: int = 20
     """Checkpoints and evaluations in the loop."""
     seed: int = 7
+    old_length: int | None = None
+    """What the model that the run continues was trained on; None for fresh weights."""
+    learnt: float = -0.4
+    """Change of the loss past that length by training; within it a tenth."""
+    place: str = "models/old"
     samples: Sequence[tuple[str, str]] = (
         ("To the Senate and House of", " Representatives: I have the honour to submit the report of the Secretary."),
         ("def read(", "self, path):\n        return open(path).read()\n"),
@@ -80,6 +86,7 @@ NO_GAIN = MadeUp(gain=-0.004, spread=0.011, blow_up=0.0, bits_per_byte=2.31)
 WORSE = MadeUp(gain=0.03, spread=0.01, blow_up=-0.2)
 UNFINISHED = MadeUp(until=700_416, measured=False)
 RESUMED = MadeUp(resumed_at=((402_000, 368_640), (1_000_000, 983_040)))
+CONTINUED = MadeUp(lengths=(128, 256, 512), old_length=64, checkpoints=("start", "start, new rope", "256"))
 ONE_STAGE = MadeUp(names=("64",), lengths=(64,), tokens=(655_360,))
 HOSTILE_TEXT = (
     "</pre><script>alert('x')</script>\x00\x1b[31m\u202egnp.exe \ud800 <img src=http://evil.example/x.png> &amp; ]]>"
@@ -94,6 +101,8 @@ HOSTILE = MadeUp(
     tokenizer='texts/"><img src=x onerror=alert(3)>/tokenizer.json',
     samples=((HOSTILE_TEXT, HOSTILE_TEXT + "\u200b" + "W" * 500), ("\n" * 40, "x" * 20_000), ("", "")),
     document="<img src=x onerror=alert(4)>\u202e" + "d" * 400,
+    old_length=128,
+    place="<img src=x onerror=alert(5)>\u202e" + "p" * 400,
     reason="</table><script>alert('reason')</script>",
     until=700_416,
 )
@@ -128,6 +137,7 @@ RUNS: dict[str, MadeUp] = {
     "unfinished": UNFINISHED,
     "resumed": RESUMED,
     "one-stage": ONE_STAGE,
+    "continued": CONTINUED,
     "hostile": HOSTILE,
     "seven-b": SEVEN_B,
 }
@@ -140,6 +150,8 @@ def write_run(folder: Path, run: MadeUp = FINISHED) -> Path:
     positions = taken_positions(run)
     write_metrics(folder / "metrics.jsonl", run, positions)
     write_events(folder / "events.jsonl", run)
+    if run.old_length is not None:
+        (folder / "start.json").write_text(json.dumps(start_json(run)), encoding="utf-8")
     if run.measured:
         (folder / "evals" / "after_training.json").write_text(json.dumps(measurements(run)), encoding="utf-8")
     return folder
@@ -186,6 +198,38 @@ target = {max(8, run.lengths[-1] // 16)}
 {stages}
 [notes]
 {notes}"""
+
+
+def start_json(run: MadeUp) -> dict[str, Any]:
+    """A model of the run's shape, but for a rope that was not stretched."""
+    model = {**tomllib.loads(recipe_toml(run))["model"], "rope_theta": 500.0}
+    return {
+        "from": run.place, "name": "old", "model": model, "context_length": run.old_length, "weights_sha256": "ab" * 32,
+    }  # fmt: skip
+
+
+def since_start(run: MadeUp, old: int) -> list[dict[str, Any]]:
+    """The old model, with its rope and the new one, which takes back half a nat past its length; and the stages."""
+    names = ["start", "start, new rope", *run.names]
+    rows = []
+    end = run.lengths[-1] + 1
+    for measure, first, stop in (("by_position", 1, old), ("by_position", old, end), ("fixed_target", end - 16, end)):
+        past = stop > old
+        begin = 3.0 + 0.9 * past
+        losses = [begin, begin + (-0.5 if past else 0.02)]
+        losses += [losses[1] + run.learnt * (1.0 if past else 0.1) * (n + 1) for n in range(len(run.names))]
+        for at, (name, loss) in enumerate(zip(names, losses, strict=True)):
+            changes = [
+                {"against": other, "difference": loss - was, "low": loss - was - 0.03, "high": loss - was + 0.03}
+                for other, was in zip(names[:at], losses[:at], strict=True)
+            ]
+            rows.append(
+                {
+                    "checkpoint": name, "measure": measure, "from": first, "to": stop, "loss": loss, "low": loss - 0.1,
+                    "high": loss + 0.1, "documents": 40, "tokens": 9_600, "changes": changes,
+                }
+            )  # fmt: skip
+    return rows
 
 
 def taken_positions(run: MadeUp) -> list[int]:
@@ -339,6 +383,7 @@ def measurements(run: MadeUp) -> dict[str, Any]:
         "by_position": [],
         "fixed_target": [],
         "fixed_target_gain": [],
+        "since_start": since_start(run, run.old_length) if run.old_length is not None else [],
         "notes": ["loss by position: 8 of 48 documents are shorter than 512 ids"],
     }
     scale = run.bits_per_byte / loss_at(run, len(run.names) - 1, run.contexts[-1])

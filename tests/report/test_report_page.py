@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_runs import FINISHED, HOSTILE, RUNS, SEVEN_B, UNFINISHED, write_run
+from synthetic_runs import CONTINUED, FINISHED, HOSTILE, RUNS, SEVEN_B, UNFINISHED, write_run
 
 from xgen.errors import DataError, StorageError
 from xgen.report import write_report
@@ -148,10 +148,51 @@ def test_a_run_of_one_stage_has_no_switch(read):
     assert "one stage of length 64" in page.text
 
 
+def test_a_continued_run_tells_training_from_the_rope_and_both_sides_of_the_old_length(read):
+    page = read("continued")
+    assert set(page.ids()) >= {*SECTIONS, "continued", "figure-since", "figure-position"}
+    past, within = "Past the 64 tokens that ‘old’ was trained on (positions 64 to 512), ", "Within the 64 tokens"
+    assert past + "the new rope and training together lowered the loss" in page.text
+    assert past + "the new rope alone lowered the loss on held-out text from 3.900 to 3.400 nats" in page.text
+    assert past + "training with that rope lowered the loss on held-out text from 3.400 to 2.200 nats" in page.text
+    assert within in page.text
+    assert page.text.index(past) < page.text.index(within)
+    assert "Its rotary frequencies were changed: rope_theta from 500 to 10000." in page.text
+    assert page.text.count("The upright line is the length that the model came with.") == 2
+    assert "64: old length" in page.text
+
+
+def test_a_run_of_fresh_weights_has_nothing_of_a_continued_one(read):
+    page = read("finished")
+    assert "continued" not in page.ids()
+    assert "upright line" not in page.text
+
+
+@pytest.mark.parametrize(("learnt", "said"), [(0.4, "raised the loss"), (-0.002, "is not shown to change the loss")])
+def test_what_did_not_help_a_continued_model_is_not_praised(tmp_path, learnt, said):
+    page = Page(write_report(write_run(tmp_path / "run", replace(CONTINUED, learnt=learnt))).read_text("utf-8"))
+    assert f"(positions 64 to 512), training with that rope {said}" in page.text
+
+
+def test_a_continued_run_without_measurements_past_the_old_length_says_so(tmp_path):
+    folder = write_run(tmp_path / "run", CONTINUED)
+    path = folder / "evals" / "after_training.json"
+    value = json.loads(path.read_text())
+    rows = [row for row in value["since_start"] if row["from"] == 1]
+    path.write_text(json.dumps({**value, "since_start": rows}))
+    assert "No loss past 64 tokens was measured" in Page(write_report(folder).read_text("utf-8")).text
+    path.unlink()
+    assert "there is no such measurement" in Page(write_report(folder).read_text("utf-8")).text
+    (folder / "start.json").write_text("{}")
+    with pytest.raises(DataError, match=r"start\.json"):
+        write_report(folder)
+
+
 @pytest.mark.parametrize(
     "evil",
     [
         HOSTILE.description,
+        HOSTILE.place[:100],
         HOSTILE.notes["optimizer.learning_rate"],
         *HOSTILE.checkpoints,
         *HOSTILE.sources.values(),

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from synthetic_runs import FINISHED, RESUMED, UNFINISHED, measurements, write_run
+from synthetic_runs import CONTINUED, FINISHED, RESUMED, UNFINISHED, measurements, write_run
 
 from xgen.errors import DataError
 from xgen.report.read import read_run
@@ -56,6 +56,7 @@ def test_what_was_written_is_read_back(folder):
 def test_the_made_up_run_has_the_names_that_runs_write(folder):
     """The other side of the files: a name that training or measurement changes must be changed here too."""
     from xgen.measure import stages as writer
+    from xgen.measure.since import Change, SinceStart
     from xgen.training.folder import STEP_KEYS
 
     assert set(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])) == set(STEP_KEYS)
@@ -66,6 +67,9 @@ def test_the_made_up_run_has_the_names_that_runs_write(folder):
     assert set(made_up["by_position"][0]["bins"][0]) == set(writer.Bin.__annotations__)
     assert set(made_up["fixed_target"][0]) == set(writer.FixedTarget.__annotations__)
     assert set(made_up["fixed_target_gain"][0]) == set(writer.Gain.__annotations__)
+    changed = measurements(CONTINUED)["since_start"][-1]
+    assert set(changed) == set(SinceStart.__annotations__)
+    assert set(changed["changes"][0]) == set(Change.__annotations__)
 
 
 def test_steps_that_stand_in_the_log_twice_are_kept_once_the_last_taking(tmp_path):

@@ -250,3 +250,26 @@ def test_sizes(bytes_, text):
 @pytest.mark.parametrize(("share", "text"), [(0.53, "53 %"), (0.086, "8.6 %"), (0.0, "0 %"), (NAN, "not known")])
 def test_percents(share, text):
     assert words.percent(share).replace(words.SPACE, " ") == text
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "said", "unsaid"),
+    [
+        (
+            -0.4,
+            -0.5,
+            -0.3,
+            ["training lowered the loss", "from 3.400 to 3.000", "by 0.400", "40 documents"],
+            "not shown",
+        ),
+        (0.4, 0.3, 0.5, ["training raised the loss", "from 2.600 to 3.000", "by 0.400"], "lowered"),
+        (-0.1, -0.3, 0.1, ["training is not shown to change the loss", "\u22120.300 to +0.100"], "lowered"),
+        (-0.1, -0.3, 0.0, ["not shown"], "lowered"),
+        (-0.1, NAN, NAN, ["what training did is not known"], "lowered"),
+    ],
+)
+def test_what_training_did_to_a_continued_model(difference, low, high, said, unsaid):
+    told = words.moved("Past it", "training", difference, low, high, 3 - difference, 3.0, 40)
+    assert told.startswith("Past it, ")
+    assert all(text in told for text in said)
+    assert unsaid not in told
