@@ -46,7 +46,7 @@ def _summary(description: Description) -> str:
     parameters = f"{parameter_count(description.spec):,}"
     return (
         f"A decoder of LLaMA's architecture with {parameters} parameters, for texts of up to "
-        f"{description.context_length:,} tokens, written by XGen. It loads without code from this folder."
+        f"{description.context_length:,} tokens. XGen wrote this folder; the model loads without code from it."
     )
 
 
@@ -120,7 +120,7 @@ def _limits(description: Description) -> Iterator[str]:
             "itself, and so must whoever samples from the logits."
         )
     if description.chat_template is None:
-        yield "It has no chat template: it continues text, and nothing here says that it was tuned to follow instructions."
+        yield "It has no chat template: it continues text; nothing here says that it was tuned to follow instructions."
     if description.tokenizer is None:
         yield "There is no tokenizer in this folder: the model takes and gives ids."
     yield "Which languages it knows, and what bias or falsehood it repeats, was not measured here. Do so before use."
