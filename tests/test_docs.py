@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from xgen.recipe.load import load_recipe
+from xgen.recipe.load import Base, load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -22,10 +22,12 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_recipes_shown_to_users_load(page: Path, tmp_path: Path) -> None:
     shown = blocks(page, "toml")
     assert shown
+    continued = Base("a model", load_recipe("xgen-125m").recipe.model, 4096)
     for number, text in enumerate(shown):
         file = tmp_path / f"{number}.toml"
         file.write_text(text, encoding="utf-8")
-        recipe = load_recipe(file, vocabulary=lambda _: 8192).recipe
+        whole = "[model]" in text or "extends" in text
+        recipe = load_recipe(file, vocabulary=lambda _: 8192, base=None if whole else continued).recipe
         assert [stage.length for stage in recipe.stages] == sorted(stage.length for stage in recipe.stages)
 
 
