@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from xgen.errors import CheckpointError, DataError
+from xgen.convert.description import Description
+from xgen.convert.open import open_model
+from xgen.convert.pieces import assemble
+from xgen.errors import DataError
 from xgen.model import Spec, Weights, logits, nll, parameter_count
-from xgen.recipe.load import load_recipe
-from xgen.tokens.tokenizer import Tokenizer, load_tokenizer
-from xgen.training.checkpoints import choose, read_weights
+from xgen.recipe.schema import Compute
+from xgen.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Weights with their tokenizer. Each row of ids is one document and is seen from its beginning; put
-    `tokenizer.end_of_text` first, as training does."""
+    """Weights with their description. Each row of ids is one document and is seen from its beginning; put
+    `tokenizer.end_of_text` first for a model trained here, `description.begin_id` for one that has it."""
 
-    tokenizer: Tokenizer
+    description: Description
     spec: Spec
     weights: Weights
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises DataError when the model came without one."""
+        if self.description.tokenizer is None:
+            raise DataError(
+                f"model {self.description.name} has no tokenizer; put its tokenizer.json into its folder and load again"
+            )
+        return self.description.tokenizer
 
     @property
     def parameters(self) -> int:
         return parameter_count(self.spec)
 
     def logits(self, ids: Int[np.ndarray, "B S"]) -> Float[np.ndarray, "B S V"]:
-        """Float32 logits of the token after each; rows past the tokenizer's ids are -1e30."""
+        """Float32 logits of the token after each; rows of the vocabulary that are no tokens are -1e30."""
         return np.asarray(_logits(self.weights, self.spec, self._checked(ids)))
 
     def loss(self, ids: Int[np.ndarray, "B S"]) -> Float[np.ndarray, "B S-1"]:
@@ -51,25 +63,20 @@ class LoadedModel:
             raise DataError(f"ids must be whole numbers of shape [batch, length], got {array.dtype} {array.shape}")
         if array.size and not 0 <= int(array.min()) <= int(array.max()) < self.spec.real_vocab:
             raise DataError(
-                f"ids run from {array.min()} to {array.max()}; the tokenizer has 0 to {self.spec.real_vocab - 1}"
+                f"ids run from {array.min()} to {array.max()}; the model's tokens are 0 to {self.spec.real_vocab - 1}"
             )
         return jnp.asarray(array, jnp.int32)
 
 
-def load(model: str | Path) -> LoadedModel:
-    """The model `model` names: a run folder (its newest checkpoint), or DIR@TOKENS or DIR@STAGE.
+def load(model: str | Path, precision: Literal["float32", "bfloat16"] = "float32") -> LoadedModel:
+    """The model `model` names: a run folder (its newest checkpoint), DIR@TOKENS or DIR@STAGE, a converted folder, a
+    Hugging Face folder or a GGUF file. `precision` is the type of activations and of the weights in products.
 
-    Raises CheckpointError when there is no such checkpoint or it is damaged.
+    Raises CheckpointError when there is no such model, it is damaged, or it is of another architecture.
     """
-    folder = Path(str(model).partition("@")[0])
-    if not (folder / "recipe.toml").is_file():
-        raise CheckpointError(
-            f"{folder} is no run folder (no recipe.toml); name one, or one of its checkpoints as DIR@STAGE"
-        )
-    recipe = load_recipe(folder).recipe
-    tokenizer = load_tokenizer(str(folder / "tokenizer.json"), recipe.tokenizer.end_of_text)
-    spec = Spec.of(recipe, tokenizer.size)
-    return LoadedModel(tokenizer, spec, read_weights(choose(str(model))[-1], spec))
+    description, source = open_model(model)
+    spec = replace(description.spec, compute=Compute(precision=precision))
+    return LoadedModel(description, spec, assemble(source))
 
 
 @partial(jax.jit, static_argnums=1)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from xgen.cli.checkpoint import checkpoint_app
+from xgen.cli.convert import convert_app
 from xgen.cli.data import data_app
 from xgen.cli.prepare import prepare
 from xgen.cli.recipe import recipe_app
@@ -30,6 +31,7 @@ app.command()(report)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(convert_app, name="convert")
 
 _DEBUG = "--debug"
 

@@ -10,12 +10,14 @@ import math
 from collections.abc import Iterator
 from typing import Protocol
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jaxtyping import Array
 
 from xgen.errors import CheckpointError
 from xgen.model.spec import Spec
-from xgen.model.weights import Weight, rows
+from xgen.model.weights import Weight, Weights, from_dict, rows
 
 Piece = tuple[Weight, int | None]
 """A row, and the layer if the row is stacked."""
@@ -107,3 +109,18 @@ def require_finite(array: np.ndarray, what: str) -> None:
             raise CheckpointError(
                 f"{what} holds {part[place - start]} at element {place}: the model is damaged; fetch it again"
             )
+
+
+def assemble(source: Source) -> Weights:
+    """All weights of `source` in float32, row by row; beside them no more than one row is held."""
+    spec = source.spec
+    arrays: dict[str, Array] = {}
+    for row in rows(spec):
+        if row.axes[0] != "layer":
+            arrays[row.name] = jnp.asarray(source.read(row, None).astype(np.float32))
+            continue
+        stacked = np.empty(row.shape(spec), np.float32)
+        for layer in range(spec.model.layers):
+            stacked[layer] = source.read(row, layer)
+        arrays[row.name] = jnp.asarray(stacked)
+    return from_dict(arrays, spec)
