@@ -64,6 +64,8 @@ def parts(array: Stored) -> Iterator[np.ndarray]:
 
 def read_whole(array: Stored, dtype: np.dtype) -> np.ndarray:
     """All of `array` as `dtype`; beside it no more than a part is held."""
+    if array.step >= array.shape[0]:
+        return array.read(0, array.shape[0]).astype(dtype, copy=False)
     whole, place = np.empty(array.shape, dtype), 0
     for part in parts(array):
         whole[place : place + len(part)] = part
