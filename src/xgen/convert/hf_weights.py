@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from xgen.convert.description import StoredType
-from xgen.convert.json_file import read_json
+from xgen.convert.json_file import LARGEST, read_json
 from xgen.convert.pieces import TYPES, foreign_name, foreign_shape, from_foreign, pieces, require_finite
 from xgen.convert.torch_bin import tensors_of
 from xgen.errors import CheckpointError
@@ -197,6 +197,12 @@ def _opened(path: Path) -> safe_open:
     try:
         if not path.is_file():
             raise CheckpointError(f"there is no file {path}; fetch the model's missing files")
+        with path.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+        if header > LARGEST:
+            raise CheckpointError(
+                f"{path} states a header of {header} bytes; no model's is over {LARGEST}; fetch it again"
+            )
         return safe_open(path, "numpy")
     except (OSError, SafetensorError) as cause:
         raise CheckpointError(f"{path} is no whole safetensors file: {cause}; fetch it again") from cause

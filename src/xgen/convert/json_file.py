@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 from xgen.errors import CheckpointError
 
-LARGEST = 8 << 20
-"""Bytes of such a file: an index of 100 000 tensors. Python takes up to twenty times as much to hold it."""
+LARGEST = 4 << 20
+"""Bytes of such a file: an index of 50 000 tensors. Python takes up to twenty times as much to hold it."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

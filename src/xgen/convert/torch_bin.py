@@ -23,11 +23,11 @@ from numpy.lib.stride_tricks import as_strided
 from xgen.convert.pieces import TYPES
 from xgen.errors import CheckpointError
 
-LARGEST_PICKLE = 2 << 20
-"""Of the names and shapes of a file; a model of 80 layers takes 200 KB."""
+LARGEST_PICKLE = 1 << 20
+"""Bytes of a file's names and shapes; a model of 80 layers takes 200 KB."""
 
-LARGEST_DIRECTORY = 16 << 20
-"""Of the zip file's list of members."""
+LARGEST_DIRECTORY = 4 << 20
+"""Bytes of the zip file's list of members."""
 
 _STORAGES = {
     "torch FloatStorage": "float32",
@@ -113,9 +113,9 @@ def tensors_of(path: Path) -> dict[str, BinTensor]:
                 return _Archive(path, stream, archive).tensors()
     except OSError as cause:
         raise CheckpointError(f"cannot read {path}: {cause.strerror or cause}") from cause
-    # RuntimeError: of an encrypted member. NotImplementedError: of a zip version or method that it does not know.
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, struct.error, RuntimeError, NotImplementedError) as cause:
-        raise CheckpointError(f"{path} is no whole file of torch's: {cause}; fetch it again") from cause
+    # RuntimeError: of an encrypted member, or a zip version that it does not know. ValueError: of a name in no UTF-8.
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, struct.error, RuntimeError, ValueError) as cause:
+        raise CheckpointError(f"{path} is no whole file of torch's: {cause!s:.200}; fetch it again") from cause
 
 
 def _check_directory(stream: BinaryIO, path: Path) -> None:

@@ -315,7 +315,7 @@ def _to_128(rows: int) -> int:
 def _no_end_of_text(document: dict[str, Any], name: str, end_of_text: str) -> str:
     # What vocabularies call such a token: </s>, <eos>, <|eot_id|>, <|end_of_text|>, [SEP]. Those are listed first.
     found = sorted(control_tokens(document), key=lambda token: not re.search(r"(?i)/s>|eos|eot|end|sep", token))
-    shown = ", ".join(found[:LISTED]) or "none"
+    shown = ", ".join(token if token.isprintable() else ascii(token) for token in found[:LISTED]) or "none"
     more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
     return (
         f"tokenizer {name} has no control token {end_of_text!r} to end documents with; "
