@@ -83,7 +83,10 @@ def to_gguf(document: dict[str, Any], rows: int) -> GgufTokens:
     """
     model = document["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise DataError(f"llama.cpp cannot be given a tokenizer of type {model['type']} as this one; only plain BPE")
+        raise DataError(
+            f"llama.cpp reads no tokenizer as this one, of type {model['type']}, with a LLaMA-shaped model; only BPE "
+            "without marks for parts of words"
+        )
     for token in document["added_tokens"]:
         if any(token.get(key) for key in ("single_word", "lstrip", "rstrip")):
             raise DataError(

@@ -1,4 +1,5 @@
-"""Random texts that are hard on a tokenizer: 22 languages, code, runs of whitespace, look-alikes of control tokens."""
+"""Random texts that are hard on a tokenizer: 22 languages, code, runs of whitespace, look-alikes of control tokens,
+numbers, emoji, broken bytes."""
 
 from __future__ import annotations
 
@@ -56,7 +57,13 @@ WHITESPACE = (
     "\u200b",
     "\ufeff",
 )
-LOOK_ALIKES = ("<|endoftext|>", *CONTROL, "<|endoftext|", "|endoftext|>", "<fim_", "<|im_start|>", "</s>", "<0x0A>")
+LOOK_ALIKES = (
+    *("<|endoftext|>", *CONTROL, "<|endoftext|", "|endoftext|>", "<fim_", "<|im_start|>", "</s>", "<0x0A>"),
+    *("<s>", "<unk>", "▁", "▁▁▁", "[INST]", "[/INST]", "[REF]", "[PAD9]", "<|begin_of_text|>", "<|eot_id|>", "<0xE2>"),
+)
+FLAG = "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
+EMOJI = ("😀", "👍🏽", "👩\u200d👩\u200d👧\u200d👦", "🇩🇪🇫🇷", FLAG, "❤️", "1️⃣", "☺", "🫠")
+CONTRACTIONS = ("I'm", "WE'LL", "it'S", "'Ve", "'re", "d'D", "x''s", "' t", "l’été's", "'tis", "'")
 
 
 def random_texts(count: int, seed: int) -> Iterator[str]:
@@ -67,7 +74,7 @@ def random_texts(count: int, seed: int) -> Iterator[str]:
 
 
 def _fragment(draw: random.Random) -> str:
-    choice = draw.randrange(6)
+    choice = draw.randrange(10)
     if choice == 0:
         return _slice(draw, draw.choice(list(LANGUAGES.values())))
     if choice == 1:
@@ -79,6 +86,16 @@ def _fragment(draw: random.Random) -> str:
         return "".join(draw.choices(WHITESPACE, weights=[9, 9, 4, *[1] * (len(WHITESPACE) - 3)], k=draw.randint(1, 12)))
     if choice == 4:
         return draw.choice(LOOK_ALIKES)
+    if choice == 5:
+        return draw.choice(EMOJI) * draw.randint(1, 3)
+    if choice == 6:
+        return draw.choice(CONTRACTIONS)
+    if choice == 7:
+        return "".join(
+            draw.choices("0123456789.,٣५½²Ⅷ", weights=[9] * 10 + [3, 3, 1, 1, 1, 1, 1], k=draw.randint(1, 12))
+        )
+    if choice == 8:
+        return draw.randbytes(draw.randint(1, 24)).decode("utf-8", errors="replace")
     return "".join(_character(draw) for _ in range(draw.randint(1, 6)))
 
 
