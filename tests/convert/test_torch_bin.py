@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -158,3 +160,32 @@ def test_what_torch_saves_and_loads(tmp_path: Path) -> None:
     theirs = torch.load(path, weights_only=True)
     np.testing.assert_array_equal(theirs["a"].numpy(), A)
     np.testing.assert_array_equal(theirs["h"].numpy(), A.astype(np.float16))
+
+
+class _Sparse(io.FileIO):
+    """Steps over zeros, so that a file of gigabytes takes no room."""
+
+    def write(self, data: Any) -> int:
+        if len(data) < 1 << 20:
+            return super().write(data)
+        self.truncate(self.seek(len(data), os.SEEK_CUR))
+        return len(data)
+
+
+@pytest.mark.slow
+def test_a_file_of_over_four_gigabytes(tmp_path: Path) -> None:
+    """As XGen's own are: places and sizes are in zip's 64-bit fields."""
+    path, block, blocks = tmp_path / "x.bin", bytes(1 << 26), 66
+    count = len(block) * blocks // 4
+    big = np.broadcast_to(np.float32(0), (1, 1))
+    pickle = pickled({"big": view("0", big, shape=(count,), strides=(1,), count=count), "a": view("1", A)})
+    with zipfile.ZipFile(_Sparse(path, "w"), "w") as archive:
+        archive.writestr("archive/data.pkl", pickle)
+        with archive.open("archive/data/0", "w", force_zip64=True) as member:
+            for _ in range(blocks):
+                member.write(block)
+        archive.writestr("archive/data/1", A.tobytes())
+    found = tensors_of(path)
+    assert found["big"].shape == (count,)
+    assert found["a"].start > 2**32
+    np.testing.assert_array_equal(found["a"].read(), A)

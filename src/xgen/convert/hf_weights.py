@@ -35,7 +35,7 @@ HARMLESS = (
 )
 """Tables that old releases stored and that follow from `rope_theta`."""
 
-PART = 64 << 20
+PART = 8 << 20
 """Bytes copied at once out of a mapped file: what is mapped counts as resident memory until it is closed."""
 
 SHOWN = 10
