@@ -124,7 +124,7 @@ def test_a_kill_within_the_last_measurement_is_made_up_for(micro: Micro, tmp_pat
     run = micro.copy(tmp_path / "run")
     (run / "result.json").unlink()
     (run / "evals/after_training.json").unlink()
-    patch = "import os, xgen.training.after as a; a.measure_checkpoints = lambda *a: os._exit(9)"
+    patch = "import os, xgen.training.after as a; a.measure_checkpoints = lambda *a, **k: os._exit(9)"
     assert run_process("train", "--resume", run, patch=patch).code == 9
     assert not (run / "result.json").exists()
     done = command("train", "--resume", run)
