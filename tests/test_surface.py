@@ -40,6 +40,10 @@ VERBS = """
     checkpoint list
     checkpoint verify
     checkpoint hash
+    convert hf
+    convert gguf
+    convert from-hf
+    convert from-gguf
 """
 
 STEP_METRICS = """

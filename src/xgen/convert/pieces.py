@@ -7,13 +7,12 @@ without "layer". Sources give pieces, writers ask for them in the order that sui
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array
 
 from xgen.errors import CheckpointError
 from xgen.model.spec import Spec
@@ -111,16 +110,13 @@ def require_finite(array: np.ndarray, what: str) -> None:
             )
 
 
-def assemble(source: Source) -> Weights:
-    """All weights of `source` in float32, row by row; beside them no more than one row is held."""
+def assemble(source: Source, progress: Callable[[float], None] | None = None) -> Weights:
+    """All weights of `source` in float32; beside them no more than one piece is held."""
     spec = source.spec
-    arrays: dict[str, Array] = {}
-    for row in rows(spec):
-        if row.axes[0] != "layer":
-            arrays[row.name] = jnp.asarray(source.read(row, None).astype(np.float32))
-            continue
-        stacked = np.empty(row.shape(spec), np.float32)
-        for layer in range(spec.model.layers):
-            stacked[layer] = source.read(row, layer)
-        arrays[row.name] = jnp.asarray(stacked)
-    return from_dict(arrays, spec)
+    arrays = {row.name: np.empty(row.shape(spec), np.float32) for row in rows(spec)}
+    wanted = list(pieces(spec))
+    for done, (row, layer) in enumerate(wanted, 1):
+        arrays[row.name][... if layer is None else layer] = source.read(row, layer)
+        if progress is not None:
+            progress(done / len(wanted))
+    return from_dict({row.name: jnp.asarray(arrays.pop(row.name)) for row in rows(spec)}, spec)

@@ -14,6 +14,7 @@ import optax
 
 from xgen.checkpoints.manifest import folder_name, newest_whole
 from xgen.convert.native import START as START_FILE
+from xgen.convert.pieces import assemble
 from xgen.data.corpora import open_sources, reopen_sources
 from xgen.data.reader import Reader
 from xgen.data.store import Store
@@ -151,7 +152,7 @@ def _clear(folder: Path) -> None:
 def _take_over(run: Run, opened: Opened, progress: Progress | None) -> Start | None:
     """Write the model's description and its weights, as the checkpoint at token 0, into the run's folder."""
     what = f"taking over the weights of {opened.place}"
-    weights = opened.weights(lambda share: progress(what, share) if progress is not None else None)
+    weights = assemble(opened.source, lambda share: progress(what, share) if progress is not None else None)
     write_json(run.folder / START_FILE, start_json(opened, weights))
     saver = Saver(run.folder / CHECKPOINTS, run.recipe.checkpoints, lambda _: None)
     saver.save(State(weights, run.transformation.init(weights)), 0, 0, START)

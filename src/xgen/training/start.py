@@ -6,22 +6,19 @@ Its weights become the checkpoint at token 0, all else that is known of it `star
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from xgen.checkpoints.weights import weights_sha256
 from xgen.convert.description import Description
 from xgen.convert.native import START as START_FILE
 from xgen.convert.native import description_json
-from xgen.convert.pieces import Source, pieces
+from xgen.convert.pieces import Source
 from xgen.errors import CheckpointError
-from xgen.model import Weights, from_dict
-from xgen.model.weights import rows
+from xgen.model import Weights
 from xgen.recipe.base import Base
 from xgen.recipe.schema import Model, Recipe
 
@@ -39,16 +36,6 @@ class Opened:
         tokenizer = self.description.tokenizer
         end_of_text = tokenizer.decode([tokenizer.end_of_text]) if tokenizer is not None else None
         return Base(self.place, self.description.model, self.description.context_length, end_of_text)
-
-    def weights(self, progress: Callable[[float], None]) -> Weights:
-        """All weights in float32, one piece after the other."""
-        spec = self.source.spec
-        arrays = {row.name: np.empty(row.shape(spec), np.float32) for row in rows(spec)}
-        wanted = list(pieces(spec))
-        for done, (row, layer) in enumerate(wanted, 1):
-            arrays[row.name][... if layer is None else layer] = self.source.read(row, layer)
-            progress(done / len(wanted))
-        return from_dict(arrays, spec)  # type: ignore[arg-type]  # numpy's arrays do as well
 
 
 @dataclass(frozen=True)
