@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from xgen.errors import RecipeError, XgenError
 from xgen.recipe.load import Base, load_recipe
@@ -137,14 +137,16 @@ def resolve_run(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
     return resolve(folder, overrides)
 
 
-def load(model: str | Path) -> LoadedModel:
-    """A trained model: a run folder (its newest checkpoint), or one checkpoint as DIR@TOKENS or DIR@STAGE.
+def load(model: str | Path, *, precision: Literal["float32", "bfloat16"] = "float32") -> LoadedModel:
+    """A trained model: a run folder (its newest checkpoint), DIR@TOKENS or DIR@STAGE, a converted folder, a Hugging Face
+    folder or a GGUF file. `precision` is that of activations and products.
 
-    It has `.tokenizer`, `.logits(ids)` [B S V] and `.loss(ids)` [B S-1]. Raises CheckpointError when there is none.
+    It has `.tokenizer`, `.description`, `.logits(ids)` [B S V] and `.loss(ids)` [B S-1]. Raises CheckpointError when
+    there is none.
     """
     from xgen.loaded import load as load_model
 
-    return load_model(model)
+    return load_model(model, precision)
 
 
 def sources_override(data: Iterable[str]) -> list[str]:
