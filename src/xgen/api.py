@@ -138,8 +138,8 @@ def resolve_run(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def load(model: str | Path, *, precision: Literal["float32", "bfloat16"] = "float32") -> LoadedModel:
-    """A trained model: a run folder (its newest checkpoint), DIR@TOKENS or DIR@STAGE, a converted folder, a Hugging Face
-    folder or a GGUF file. `precision` is that of activations and products.
+    """A trained model: a run folder (its newest checkpoint), DIR@TOKENS or DIR@STAGE, a converted folder, a Hugging
+    Face folder or a GGUF file. `precision` is that of activations and products.
 
     It has `.tokenizer`, `.description`, `.logits(ids)` [B S V] and `.loss(ids)` [B S-1]. Raises CheckpointError when
     there is none.
