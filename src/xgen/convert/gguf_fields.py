@@ -67,7 +67,8 @@ def own_sharpening(factor: float) -> float:
 def rotary_factors(model: Model) -> np.ndarray:
     """float32 [head_size / 2]: what scaling divides each plane's frequency by."""
     plain = model.model_copy(update={"rope_scaling": RopeScaling()})
-    return (frequencies(plain) / frequencies(model)).astype(np.float32)
+    found: np.ndarray = frequencies(plain) / frequencies(model)
+    return found.astype(np.float32)
 
 
 def recognised(factors: np.ndarray, model: Model, lengths: tuple[int, ...]) -> RopeScaling | None:
