@@ -92,13 +92,14 @@ def without_control(document: dict[str, Any]) -> dict[str, Any]:
 
     `encode_special_tokens` of the tokenizers library is not enough: it stops the search for control tokens, but the
     model itself still gives their ids to a whole piece (`ignore_merges`, WordLevel, WordPiece) or to any text
-    (Unigram). Of them only the model's token for unknown characters stays, unless bytes make all characters known.
+    (Unigram). Of them only the model's token for unknown characters stays, unless bytes make all characters known; in
+    Unigram its id stays, but no text spells it.
     """
     control = control_tokens(document)
     model = document["model"]
     if is_byte_level(document) and "unk_token" in model:
         model = model | {"unk_token": None}
-    unknown = _unknown(model)
+    unknown = model.get("unk_token")
     # In the vocabulary a token keeps its id; otherwise ids of added tokens are counted on from the vocabulary's end.
     vocab = {token: index for token, index in vocabulary(document).items() if token not in control or token == unknown}
     model = model | {"vocab": _scored(vocab, model["vocab"]) if model["type"] == "Unigram" else vocab}
@@ -106,14 +107,6 @@ def without_control(document: dict[str, Any]) -> dict[str, Any]:
         model["merges"] = [pair for pair in model["merges"] if not _forms(pair, control)]
     kept = [token for token in document["added_tokens"] if token["content"] not in control]
     return document | {"added_tokens": kept, "post_processor": None, "model": model}
-
-
-def _unknown(model: dict[str, Any]) -> str | None:
-    """The model's own token for characters it does not know."""
-    if model["type"] != "Unigram":
-        token: str | None = model.get("unk_token")
-        return token
-    return None if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
 
 
 def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:

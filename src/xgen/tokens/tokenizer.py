@@ -198,9 +198,10 @@ class Tokenizer:
 
     @cached_property
     def _barred(self) -> set[int]:
-        """Ids of BARRED pieces."""
-        pieces = enumerate(without_control(self._document)["model"]["vocab"])
-        return {index for index, (piece, _) in pieces if piece.startswith(BARRED)}
+        """Ids of BARRED pieces, but for the one that unknown characters have."""
+        model = without_control(self._document)["model"]
+        barred = {index for index, (piece, _) in enumerate(model["vocab"]) if piece.startswith(BARRED)}
+        return barred - {model["unk_id"]}
 
 
 @contextmanager
