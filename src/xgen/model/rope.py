@@ -18,7 +18,11 @@ def frequencies(model: Model) -> np.ndarray:
 
     A dynamic scaling slows them further in documents that outgrow the original length: see `angles`.
     """
-    plain = model.rope_theta ** (-np.arange(0, model.head_size, 2, dtype=np.float64) / model.head_size)
+    # Rounded to float32 where every LLaMA that was trained rounds (theta^(i/E), then its inverse). Exact frequencies
+    # differ by up to 1e-7, which at position 8,000 moves the logits of a real model by 1e-3.
+    exponents = np.arange(0, model.head_size, 2, dtype=np.float32) / np.float32(model.head_size)
+    powers = (model.rope_theta ** exponents.astype(np.float64)).astype(np.float32)
+    plain = (1 / powers).astype(np.float64)
     keep = _KEPT[model.rope_scaling.kind](plain, model)
     return plain * (keep + (1 - keep) / model.rope_scaling.factor)
 
