@@ -13,9 +13,10 @@ from typing import NoReturn, Protocol, cast
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from xgen.checkpoints.stored import SAFETENSORS_TYPES
 from xgen.convert.description import StoredType
 from xgen.convert.json_file import LARGEST, read_json
-from xgen.convert.pieces import TYPES, foreign_name, foreign_shape, from_foreign, pieces, require_finite
+from xgen.convert.pieces import foreign_name, foreign_shape, from_foreign, pieces, require_finite
 from xgen.convert.torch_bin import tensors_of
 from xgen.errors import CheckpointError
 from xgen.model.spec import Spec
@@ -41,7 +42,6 @@ PART = 8 << 20
 SHOWN = 10
 """Of many faults an error shows the first so many."""
 
-_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -184,12 +184,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             part = file.get_slice(name)
             kind = part.get_dtype()
-            if kind not in _TYPES:
-                known = ", ".join(_TYPES)
+            if kind not in SAFETENSORS_TYPES:
+                known = ", ".join(SAFETENSORS_TYPES)
                 raise CheckpointError(
                     f"{name!a:.100} of {path} is stored as {kind}; known are {known}: get one of those"
                 )
-            found[name] = SafeTensor(path, name, tuple(part.get_shape()), TYPES[_TYPES[kind]])
+            found[name] = SafeTensor(path, name, tuple(part.get_shape()), SAFETENSORS_TYPES[kind])
     return found
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from xgen.checkpoints.manifest import sync
 from xgen.errors import DataError, StorageError
 
 Progress = Callable[[float], None]
@@ -48,15 +49,6 @@ def staged(out: Path) -> Iterator[Path]:
             _remove(partial)
     except OSError as cause:
         raise StorageError.writing(out, cause) from cause
-
-
-def sync(path: Path) -> None:
-    """Make a file's contents, or a folder's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

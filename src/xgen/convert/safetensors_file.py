@@ -14,10 +14,10 @@ from types import TracebackType
 
 import numpy as np
 
-from xgen.convert.pieces import TYPES
+from xgen.checkpoints.stored import SAFETENSORS_TYPES
 from xgen.errors import CheckpointError
 
-_NAMES = {TYPES["float32"]: "F32", TYPES["float16"]: "F16", TYPES["bfloat16"]: "BF16"}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 _PART = 1 << 22
 """Elements turned round or cast at once: 16 MiB in float32."""
 
