@@ -95,7 +95,7 @@ def test_ids_that_cannot_be_scored_are_refused(run: tuple[Path, dict], ids: list
 def test_what_is_not_there_is_named(run: tuple[Path, dict], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         xgen.load(f"{run[0]}@never")
-    with pytest.raises(CheckpointError, match="no run folder"):
+    with pytest.raises(CheckpointError, match="holds no model"):
         xgen.load(tmp_path)
     with pytest.raises(RecipeError, match="already holds a run"):
         xgen.train("tiny", run=run[0])
