@@ -290,6 +290,87 @@ class TestErrors:
             load(document, tmp_path, "</s>")
 
 
+class TestBrokenInside:
+    """Files that parse as tokenizer.json and hold something that the tokenizers library stumbles over."""
+
+    @pytest.mark.parametrize(
+        ("place", "value", "says"),
+        [
+            (("model", "merges"), [["t", "zz"]], "out of vocabulary"),
+            (("model", "merges"), [3], "cannot be used"),
+            (("model", "vocab", "a"), -1, "cannot be used"),
+            (("model", "vocab", "a"), 64.5, "cannot be used"),
+            (("model", "vocab", "a"), 1 << 31, r"has an id 2147483648; at most 16777215"),
+            (("model", "vocab", "a"), 5, "two tokens with one id"),
+            (("model", "continuing_subword_prefix"), "#" * 40, "cannot be used"),  # the library panics
+            (("pre_tokenizer",), {"type": "Nonesuch"}, "cannot be used"),
+            (
+                ("pre_tokenizer",),
+                {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"},
+                "cannot be used",
+            ),
+            (("pre_tokenizer",), 3, "in its pre_tokenizer is a step without a type"),
+            (("decoder",), {"decoders": [{}]}, "in its decoder is a step without a type"),
+            (("added_tokens", 0, "content"), None, "cannot be used"),
+            (("added_tokens", 0, "single_word"), "x", "cannot be used"),
+        ],
+    )
+    def test_is_an_error(self, place: tuple[str | int, ...], value: object, says: str, tmp_path: Path) -> None:
+        document = part = foreign("merged")
+        for step in place[:-1]:
+            part = part[step]  # type: ignore[index]
+        part[place[-1]] = value  # type: ignore[index]
+        with pytest.raises(DataError, match=says):
+            load(document, tmp_path, "</s>")
+
+    def test_nesting_without_end(self, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer.json").write_text('{"model": ' + "[" * 200_000)
+        with pytest.raises(DataError, match="is not a tokenizer"):
+            load_tokenizer(str(tmp_path))
+
+    def test_what_only_encoding_meets(self, tmp_path: Path) -> None:
+        document = foreign("Unigram")
+        document["model"]["unk_id"] = None
+        with pytest.raises(DataError, match="cannot be used"):
+            load(document, tmp_path, "</s>").encode("z")
+
+    def test_anything_in_any_place_is_an_error_or_a_tokenizer(self, tmp_path: Path) -> None:
+        draw = random.Random(14)
+        kinds = ("merged", "Unigram", "with more text tokens", "WordLevel")
+        values = (
+            None,
+            True,
+            -1,
+            3,
+            1 << 40,
+            1.5,
+            "",
+            "</s>",
+            "\ud800",
+            [],
+            {},
+            [[]],
+            {"type": "X"},
+            "ByteLevel",
+            "BPE",
+        )
+        for _ in range(400):
+            document = foreign(draw.choice(kinds))
+            for _ in range(draw.randint(1, 2)):
+                part: Any = document
+                while isinstance(part, dict | list) and part:
+                    key = draw.choice(list(part) if isinstance(part, dict) else range(len(part)))
+                    if not isinstance(part[key], dict | list) or not part[key] or draw.random() < 0.3:
+                        part[key] = draw.choice(values)
+                        break
+                    part = part[key]
+            try:
+                tokenizer = load(document, tmp_path, "</s>")
+                tokenizer.decode(tokenizer.encode("a </s> ab", control=draw.random() < 0.5))
+            except DataError:
+                pass
+
+
 def test_embedding_rows(tmp_path: Path) -> None:
     assert embedding_rows("xgen") == 51200
     assert [embedding_rows(f"bpe:{size}") for size in (1024, 1025)] == [1024, 1152]

@@ -179,11 +179,10 @@ class Tokenizer:
         return index < self.size and self._pieces[index] is not None
 
     def _check_ids(self) -> None:
-        if self.size > LARGEST_ID or len(set(self._vocabulary.values())) != len(self._vocabulary):
-            raise DataError(
-                f"tokenizer {self.name} has {len(self._vocabulary)} tokens, and two with one id, or one with an id as "
-                f"high as {self.size - 1}; correct the file"
-            )
+        if self.size > LARGEST_ID:
+            raise DataError(f"tokenizer {self.name} has an id {self.size - 1}; at most {LARGEST_ID - 1} is read")
+        if len(set(self._vocabulary.values())) != len(self._vocabulary):
+            raise DataError(f"tokenizer {self.name} has two tokens with one id; correct the file")
         for token in self._document["added_tokens"]:
             content, stated, real = token["content"], token["id"], self._whole.token_to_id(token["content"])
             if real != stated:
