@@ -71,9 +71,11 @@ def test_shards_are_as_large_as_asked(micro: Micro, tmp_path: Path) -> None:
         (["hf", "{run}@256", "{out}"], "no such checkpoint"),
         (["hf", "{run}", "{run}"], "exists already"),
         (["hf", "{run}", "{out}", "--shard-size", "many"], "'many' is no size"),
-        (["from-hf", "{run}", "{out}"], "no Hugging Face folder"),
-        (["from-gguf", "{run}", "{out}"], "no GGUF file"),
-        (["gguf", "{run}", "{run}/recipe.toml"], "exists already"),
+        (["from-hf", "{run}", "{out}"], "it is XGen's own already, which `xgen convert hf` takes"),
+        (["from-gguf", "{run}", "{out}"], "takes a GGUF file, which ends in .gguf; it is XGen's own already"),
+        (["from-gguf", "{tmp}/no.gguf", "{out}"], "there is no such file"),
+        (["gguf", "{run}", "{out}"], "must end in .gguf"),
+        (["hf", "{run}", "{out}.gguf"], "only files of GGUF end in .gguf"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(arguments: list[str], told: str, micro: Micro, tmp_path: Path) -> None:
@@ -81,3 +83,21 @@ def test_what_cannot_be_done_is_one_line(arguments: list[str], told: str, micro:
     done = command("convert", *(text.format(**places) for text in arguments))
     assert_one_error(done, 2, told)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_where_a_file_would_go_is_kept(micro: Micro, tmp_path: Path) -> None:
+    (tmp_path / "mine.gguf").write_text("mine")
+    assert_one_error(command("convert", "gguf", micro.straight, tmp_path / "mine.gguf"), 2, "exists already")
+    assert (tmp_path / "mine.gguf").read_text() == "mine"
+
+
+def test_a_folder_may_have_an_at_sign_in_its_name(micro: Micro, tmp_path: Path) -> None:
+    assert command("convert", "hf", micro.straight, tmp_path / "a@b" / "hf").code == 0
+    assert command("convert", "from-hf", tmp_path / "a@b" / "hf", tmp_path / "a@b" / "ours").code == 0
+    assert xgen.load(tmp_path / "a@b" / "ours").parameters == xgen.load(micro.straight).parameters
+    assert weights_hash(f"{tmp_path}/a@b/ours@0") == weights_hash(micro.straight)
+
+
+def test_checkpoint_verbs_say_what_has_checkpoints(micro: Micro, tmp_path: Path) -> None:
+    assert command("convert", "hf", micro.straight, tmp_path / "hf").code == 0
+    assert_one_error(command("checkpoint", "hash", tmp_path / "hf"), 2, "only a run folder, or one that")

@@ -352,16 +352,18 @@ def test_a_published_xgen_folder(marked_by: str, tmp_path: Path) -> None:
     assert found.tokenizer is not None
     assert found.tokenizer.encode("    return") == [50285, 1441]
     assert (found.real_vocab, found.pad_id, found.end_ids, found.begin_id) == (50_313, 50_256, (50_256,), None)
+    has = "has it as a program only" if marked_by == "its program" else "is one of XGen's by its configuration"
     assert found.repairs == (
-        "XGen's tokenizer is rebuilt, 50313 ids: the folder has it as a program only",
+        f"XGen's tokenizer is rebuilt, 50313 ids: the folder {has}",
         "rows 50313 to 51199 of the vocabulary stand for no token and are masked",
         "pad_token_id 0 is '!', a token of ordinary text; it is now 50256, the end of text",
     )
 
 
 def test_another_model_of_as_many_rows_is_not_taken_for_xgen(tmp_path: Path) -> None:
-    write_folder(tmp_path, XGEN | {"eos_token_id": 2})
-    assert described(tmp_path).tokenizer is None
+    for other in ({"eos_token_id": 2}, {"pad_token_id": None}):
+        write_folder(tmp_path, XGEN | other)
+        assert described(tmp_path).tokenizer is None
     write_folder(tmp_path, XGEN)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CodeGenTokenizer"}))
     assert described(tmp_path).tokenizer is None

@@ -218,8 +218,10 @@ def test_other_peoples_files_are_models_as_well(micro: Micro, tmp_path: Path, ki
 def test_a_model_without_a_tokenizer_takes_the_recipes(micro: Micro, tmp_path: Path) -> None:
     description, source = open_run(str(micro.straight))
     write_native(replace(description, tokenizer=None), source, tmp_path / "bare")
-    with pytest.raises(DataError, match=r'tokenizer\.name is "store", and no source is a token store'):
+    with pytest.raises(RecipeError, match=r"bare has no tokenizer; set tokenizer\.name to the tokenizer\.json that"):
         begun(micro, tmp_path / "run", tmp_path / "bare")
+    with pytest.raises(RecipeError, match=r"bare has no tokenizer, and the ids of 'bpe:300', learnt now, would mean"):
+        begun(micro, tmp_path / "run", tmp_path / "bare", "tokenizer.name=bpe:300")
     with pytest.raises(RecipeError, match=r"384 rows are too few for the 400 ids .*; take a smaller tokenizer"):
         begun(micro, tmp_path / "run", tmp_path / "bare", "tokenizer.name=bpe:400")
     file = micro.straight / "tokenizer.json"

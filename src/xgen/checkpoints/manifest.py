@@ -129,13 +129,24 @@ def newest_whole(folder: Path, report: Callable[[str], None]) -> Checkpoint | No
     return None
 
 
+def split_model(model: str) -> tuple[str, str]:
+    """Folder and checkpoint of DIR@CHECKPOINT; a folder that has an @ in its own name is itself."""
+    place, _, wanted = model.rpartition("@")
+    return (model, "") if Path(model).exists() or not place else (place, wanted)
+
+
 def choose(model: str) -> list[Path]:
     """The checkpoints that `model` names, oldest first: all of a run folder, or one as DIR@TOKENS or DIR@STAGE.
 
     Damaged ones are among them. Raises CheckpointError, naming what there is, when none fits.
     """
-    place, _, wanted = model.partition("@")
+    place, wanted = split_model(model)
     folder = Path(place) / "checkpoints"
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{model}: there is no {folder}; only a run folder, or one that `xgen convert from-hf` or "
+            "from-gguf made, has checkpoints"
+        )
     paths = _numbered(folder)
     stages = {checkpoint.stage: checkpoint.path for checkpoint in list_checkpoints(folder) if checkpoint.stage}
     if wanted in stages:

@@ -28,6 +28,7 @@ from xgen.convert.pieces import TYPES, Source, foreign_name, foreign_shape, from
 from xgen.errors import CheckpointError, DataError
 from xgen.model.spec import Spec
 from xgen.model.weights import Weight
+from xgen.recipe.check import check_rope
 from xgen.recipe.schema import Model, RopeScaling
 from xgen.tokens.bytelevel import END_OF_TEXT
 from xgen.tokens.document import control_tokens
@@ -64,6 +65,8 @@ def open_gguf(path: Path) -> tuple[Description, Source]:
     header = read_header(path)
     _check_kind(header)
     model = _model(header)
+    for problem in check_rope(model):
+        raise CheckpointError(f"{path}: {problem}")
     tokenizer, ids = _tokenizer(header, model)
     spec = Spec(model, tokenizer.size if tokenizer else model.vocab_size)
     _match(header, spec)
@@ -294,7 +297,7 @@ def _begin(header: Header, fields: GgufTokens, bos: int | None) -> dict[str, Any
     adds = header.get(f"{_TOKENIZER}add_bos_token", bool)
     if adds is None:  # what llama.cpp then does, by the tokenizer's kind
         adds = fields.model == "llama" or fields.pre in ("llama3", "llama-v3", "llama-bpe")
-    return {"begin_id": bos if adds else None}
+    return {"begin_id": bos if adds else None, "bos_id": bos}
 
 
 def _pad(pad: int | None, ends: tuple[int, ...], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def _tokenizer(description: Description) -> dict[str, Any]:
         "merges": tokens.merges or None,
         "add_space_prefix": tokens.add_space_prefix,
         # Always stated: llama.cpp's own defaults are ids of other people's vocabularies.
-        "bos_token_id": first_end if description.begin_id is None else description.begin_id,
+        "bos_token_id": first_end if description.named_begin is None else description.named_begin,
         "eos_token_id": first_end,
         "eot_token_id": ends[1] if len(ends) > 1 else None,
         "eom_token_id": ends[2] if len(ends) > 2 else None,

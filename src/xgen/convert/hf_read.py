@@ -86,6 +86,7 @@ def _described(files: _Files, shape: Shape) -> Description:
         context_length=shape.context_length,
         tokenizer=tokenizer,
         begin_id=begin if _begins(files, tokenizer, begin) else None,
+        bos_id=begin if tokenizer is None or begin in vocabulary(tokenizer.document).values() else None,
         end_ids=ends,
         pad_id=pad,
         chat_template=_chat_template(files),
@@ -109,7 +110,8 @@ def _tokenizer(files: _Files, ends: tuple[int, ...], rows: int) -> tuple[Tokeniz
         ]
     tokenizer = load_tokenizer("xgen")
     _require_room(tokenizer.size, rows, "xgen")
-    return tokenizer, [f"XGen's tokenizer is rebuilt, {tokenizer.size} ids: the folder has it as a program only"]
+    has = "has it as a program only" if files.has("tokenization_xgen.py") else "is one of XGen's by its configuration"
+    return tokenizer, [f"XGen's tokenizer is rebuilt, {tokenizer.size} ids: the folder {has}"]
 
 
 def _is_xgen(files: _Files) -> bool:
@@ -118,7 +120,9 @@ def _is_xgen(files: _Files) -> bool:
         return True
     ids = (files.config.get("bos_token_id"), files.config.get("eos_token_id"))
     bare = not any(files.has(name) for name in ("tokenizer_config.json", "vocab.json", "special_tokens_map.json"))
-    return bare and files.config["vocab_size"] == EMBEDDING_ROWS and ids == (XGEN_END, XGEN_END)
+    # Their pad token is "!", which nobody else's is: other models of these sizes stay without a tokenizer.
+    published = ids == (XGEN_END, XGEN_END) and files.config.get("pad_token_id") == 0
+    return bare and files.config["vocab_size"] == EMBEDDING_ROWS and published
 
 
 def _made(path: Path, files: _Files, ends: tuple[int, ...], rows: int) -> Tokenizer:

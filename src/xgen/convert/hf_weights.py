@@ -226,6 +226,19 @@ def _require_fit(folder: Path, tensors: Mapping[str, Tensor], spec: Spec) -> Non
     wrong += [f"{name!a:.100} is unknown" for name in sorted(unknown)]
     if wrong:
         _refuse(folder, wrong, "its weights do not fit its config.json")
+    _require_stored(folder, {name: tensors[name] for name in wanted})
+
+
+def _require_stored(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError when `tensors` are larger than their files: a small .bin may show one storage as many
+    tensors, of which only the head may honestly be the embedding."""
+    needed = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in tensors.items() if name != _HEAD)
+    stored = sum(path.stat().st_size for path in {tensor.path for tensor in tensors.values()})
+    if needed > stored:
+        raise CheckpointError(
+            f"{folder}: its weights take {needed:,} bytes and its files have {stored:,}: some share what is stored; "
+            "save it again with every tensor for itself"
+        )
 
 
 def _refuse(place: Path, faults: list[str], why: str) -> NoReturn:

@@ -125,7 +125,7 @@ def _generation(description: Description) -> dict[str, Any]:
     """Ids that begin, end and fill a text; and those that no token has, which are never to be generated."""
     ends = description.end_ids
     ids = {
-        "bos_token_id": description.begin_id,
+        "bos_token_id": description.named_begin,
         "eos_token_id": list(ends) if len(ends) > 1 else ends[0] if ends else None,
         "pad_token_id": description.pad_id,
         "suppress_tokens": list(range(description.real_vocab, description.model.vocab_size)) or None,
@@ -137,7 +137,7 @@ def _tokenizer_files(description: Description, tokenizer: Tokenizer) -> dict[str
     document = tokenizer.document
     names = {index: token for token, index in vocabulary(document).items()}
     ids = {
-        "bos_token": description.begin_id,
+        "bos_token": description.named_begin,
         "eos_token": next(iter(description.end_ids), None),
         "pad_token": description.pad_id,
     }

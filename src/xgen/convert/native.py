@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from xgen.checkpoints.manifest import choose, folder_name, require_whole, write_manifest
+from xgen.checkpoints.manifest import choose, folder_name, require_whole, split_model, write_manifest
 from xgen.checkpoints.stored import open_stored, read_whole
 from xgen.checkpoints.weights import require_fit
 from xgen.convert.description import Description, StoredType
@@ -48,6 +48,7 @@ class DescriptionFile(Section):
     real_vocab: PositiveInt
     context_length: PositiveInt
     begin_id: TokenId | None
+    bos_id: TokenId | None = None
     end_ids: tuple[TokenId, ...]
     pad_id: TokenId | None
     chat_template: str | None
@@ -94,7 +95,7 @@ class DescriptionFile(Section):
     @model_validator(mode="after")
     def _possible(self) -> DescriptionFile:
         model = self.model
-        ids = [index for index in (self.begin_id, *self.end_ids, self.pad_id) if index is not None]
+        ids = [index for index in (self.begin_id, self.bos_id, *self.end_ids, self.pad_id) if index is not None]
         if max(self.real_vocab, *(index + 1 for index in ids), 0) > model.vocab_size:
             raise ValueError(f"{model.vocab_size} rows cannot hold the tokens and special ids")
         if model.heads % model.kv_heads or model.head_size % 2 or list(check_rope(model)):
@@ -165,6 +166,7 @@ def describe_run(model: str) -> Description:
         context_length=max(seen + before, default=recipe.stages[0].length),
         tokenizer=tokenizer,
         begin_id=start.begin_id if start else None,
+        bos_id=start.bos_id if start else None,
         end_ids=start.end_ids if start else (tokenizer.end_of_text,),
         pad_id=start.pad_id if start else tokenizer.end_of_text,
         chat_template=start.chat_template if start else None,
@@ -179,6 +181,7 @@ def write_native(description: Description, source: Source, out: Path, progress: 
     """
     spec = source.spec
     total, done = parameter_count(spec), 0
+    text = json.dumps(description_json(description), indent=1, allow_nan=False)
     with staged(out) as folder:
         checkpoint = folder / "checkpoints" / folder_name(0)
         (checkpoint / "weights").mkdir(parents=True)
@@ -199,7 +202,6 @@ def write_native(description: Description, source: Source, out: Path, progress: 
         write_manifest(checkpoint, facts)
         if description.tokenizer is not None:
             description.tokenizer.save(folder / TOKENIZER)
-        text = json.dumps(description_json(description), indent=1, allow_nan=False)
         (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 
@@ -227,4 +229,4 @@ def _origin(folder: Path, recipe: Recipe, tokens: int, start: DescriptionFile | 
 
 
 def _folder(model: str) -> Path:
-    return Path(model.partition("@")[0])
+    return Path(split_model(model)[0])

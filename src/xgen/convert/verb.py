@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from xgen.convert.gguf_write import write_gguf
 from xgen.convert.hf_write import write_hugging_face
-from xgen.convert.native import write_native
+from xgen.convert.native import is_native, write_native
 from xgen.convert.open import is_gguf, is_hugging_face, open_model
 from xgen.errors import CheckpointError
 from xgen.model.weights import parameter_count
@@ -36,7 +36,7 @@ def convert(
     `dtype` "auto" keeps the types that are stored. Raises CheckpointError for a model that the form cannot hold.
     """
     begin, target = time.perf_counter(), Path(out)
-    _check_kind(Path(model), form)
+    _check_kind(Path(model), target, form)
     description, source = open_model(model)
     notes: tuple[str, ...] = ()
     if form == "hf":
@@ -61,8 +61,21 @@ def convert(
     }
 
 
-def _check_kind(model: Path, form: Form) -> None:
-    if form == "from-hf" and not is_hugging_face(model):
-        raise CheckpointError(f"{model} is no Hugging Face folder: it has no config.json; name the folder that has one")
-    if form == "from-gguf" and not is_gguf(model):
-        raise CheckpointError(f"{model} is no GGUF file; name one that ends in .gguf")
+def _check_kind(model: Path, out: Path, form: Form) -> None:
+    """Raise CheckpointError when MODEL or `out` is not what the verb is for."""
+    kinds = {"from-hf": is_hugging_face(model), "from-gguf": is_gguf(model), "hf": is_native(str(model))}
+    if not kinds.get(form, True) and form != "hf" and (model.exists() or form == "from-gguf"):
+        wanted = "a folder with config.json" if form == "from-hf" else "a GGUF file, which ends in .gguf"
+        other = next((verb for verb, fits in kinds.items() if fits), None)
+        what = {
+            "from-hf": "it is a Hugging Face folder",
+            "from-gguf": "it is a GGUF file",
+            "hf": "it is XGen's own already",
+        }
+        told = f"{what[other]}, which `xgen convert {other}` takes" if other else "name another"
+        if not model.exists():
+            told = "there is no such file"
+        raise CheckpointError(f"{model}: `xgen convert {form}` takes {wanted}; {told}")
+    if (form == "gguf") != (out.suffix == ".gguf"):
+        named = "must end in .gguf" if form == "gguf" else "is a folder, and only files of GGUF end in .gguf"
+        raise CheckpointError(f"{out}: what `xgen convert {form}` makes {named}; choose another name")

@@ -14,25 +14,32 @@ from xgen.recipe.schema import Model
 
 
 def frequencies(model: Model) -> np.ndarray:
-    """Radians a position turns each of the head_size/2 planes by, float64, after the recipe's scaling.
+    """Radians a position turns each of the head_size/2 planes by, float32, after the recipe's scaling.
 
-    A dynamic scaling slows them further in documents that outgrow the original length: see `angles`.
+    Rounded at every step as in the code that LLaMAs are trained with: exact frequencies differ by up to 1e-7, which at
+    position 8,000 moves the logits of a real model by 1e-3. Those of a dynamic scaling are of documents within the
+    original length; see `angles` for the others.
     """
-    # Rounded to float32 where every LLaMA that was trained rounds (theta^(i/E), then its inverse). Exact frequencies
-    # differ by up to 1e-7, which at position 8,000 moves the logits of a real model by 1e-3.
+    plain = 1 / _powers(model.rope_theta, model)
+    return _SCALED[model.rope_scaling.kind](plain, model)
+
+
+def _powers(base: float, model: Model) -> np.ndarray:
+    """base^(2 i / E) for each plane i: the exponent and the power are rounded to float32, the power's way is not."""
     exponents = np.arange(0, model.head_size, 2, dtype=np.float32) / np.float32(model.head_size)
-    powers = (model.rope_theta ** exponents.astype(np.float64)).astype(np.float32)
-    plain = (1 / powers).astype(np.float64)
-    keep = _KEPT[model.rope_scaling.kind](plain, model)
-    return plain * (keep + (1 - keep) / model.rope_scaling.factor)
+    powers: np.ndarray = (base ** exponents.astype(np.float64)).astype(np.float32)
+    return powers
 
 
 def _llama3(plain: np.ndarray, model: Model) -> np.ndarray:
     """Llama 3.1's rule: planes that turn less than `low_turns` in the old length are stretched, those that turn
     over `high_turns` are kept, those between are blended by their turns."""
     scaling = model.rope_scaling
-    turns = scaling.original_length * plain / (2 * math.pi)
-    return np.clip((turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns), 0.0, 1.0)
+    factor, wavelengths = np.float32(scaling.factor), np.float32(2 * math.pi) / plain
+    turns = np.float32(scaling.original_length) / wavelengths
+    keep = (turns - np.float32(scaling.low_turns)) / np.float32(scaling.high_turns - scaling.low_turns)
+    blended = (1 - keep) * plain / factor + keep * plain
+    return np.where(keep <= 0, plain / factor, np.where(keep >= 1, plain, blended))
 
 
 def _yarn(plain: np.ndarray, model: Model) -> np.ndarray:
@@ -45,17 +52,21 @@ def _yarn(plain: np.ndarray, model: Model) -> np.ndarray:
 
     first = max(math.floor(plane(scaling.high_turns)), 0)
     last = min(math.ceil(plane(scaling.low_turns)), model.head_size - 1)
-    return 1 - np.clip((np.arange(plain.size) - first) / (last - first or 1e-3), 0.0, 1.0)
+    ramp = (np.arange(plain.size, dtype=np.float32) - np.float32(first)) / np.float32(last - first or 1e-3)
+    keep = 1 - np.clip(ramp, np.float32(0), np.float32(1))
+    stretched = 1 / (np.float32(scaling.factor) * _powers(model.rope_theta, model))
+    blended: np.ndarray = stretched * (1 - keep) + plain * keep
+    return blended
 
 
-_KEPT: dict[str, Callable[[np.ndarray, Model], np.ndarray]] = {
-    "none": lambda plain, _: np.ones_like(plain),
-    "linear": lambda plain, _: np.zeros_like(plain),
-    "dynamic": lambda plain, _: np.ones_like(plain),
+_SCALED: dict[str, Callable[[np.ndarray, Model], np.ndarray]] = {
+    "none": lambda plain, _: plain,
+    "linear": lambda plain, model: plain / np.float32(model.rope_scaling.factor),
+    "dynamic": lambda plain, _: plain,
     "llama3": _llama3,
     "yarn": _yarn,
 }
-"""How much of each plane's frequency a kind of scaling keeps: 1 all of it, 0 a `factor`-th."""
+"""From plain frequencies to those of each kind of scaling."""
 
 
 def angles(
@@ -66,20 +77,25 @@ def angles(
     A dynamic scaling depends on the length of the token's own document within the row, and on no other document. Past
     the original length it is not causal within the document, by its nature: each token more turns all of them anew.
     """
-    turn = positions[..., None, None].astype(dtype) * jnp.asarray(frequencies(model), dtype)
+    rates = jnp.asarray(frequencies(model), dtype)
     if model.rope_scaling.kind == "dynamic":
-        turn = turn * _slowed(_document_lengths(positions, segments), model, dtype)
+        table = jnp.asarray(_by_length(model, positions.shape[1]), dtype)
+        beyond = jnp.maximum(_document_lengths(positions, segments) - model.rope_scaling.original_length, 0)
+        rates = table[beyond][:, :, None]
+    turn = positions[..., None, None].astype(dtype) * rates
     factor = model.rope_scaling.attention_factor
     return jnp.cos(turn) * factor, jnp.sin(turn) * factor
 
 
-def _slowed(lengths: Int[Array, "B S"], model: Model, dtype: jnp.dtype) -> Float[Array, "B S 1 P"]:
-    """What a larger base makes of the frequencies: base = theta (factor n / original - (factor - 1))^(E / (E - 2)),
-    as in transformers; the slowest plane ends up that much slower, the fastest is kept."""
-    scaling, planes = model.rope_scaling, model.head_size // 2
-    excess = jnp.maximum(lengths - scaling.original_length, 0)[..., None, None].astype(dtype)
-    stretch = 1 + scaling.factor / scaling.original_length * excess
-    return stretch ** jnp.asarray(-np.arange(planes) / (planes - 1), dtype)
+def _by_length(model: Model, longest: int) -> np.ndarray:
+    """Frequencies of a dynamic scaling in documents 0, 1, ... tokens past the original length, to the `longest`:
+    base = theta (factor n / original - (factor - 1))^(E / (E - 2)), as in transformers. A table, since on a device
+    there is no double precision for the powers; an index past its end, which no row of `longest` has, is the last."""
+    scaling = model.rope_scaling
+    lengths = range(scaling.original_length, max(longest, scaling.original_length) + 1)
+    stretches = [scaling.factor * n / scaling.original_length - (scaling.factor - 1) for n in lengths]
+    power = model.head_size / (model.head_size - 2)
+    return np.stack([1 / _powers(model.rope_theta * stretch**power, model) for stretch in stretches])
 
 
 def _document_lengths(positions: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Int[Array, "B S"]:

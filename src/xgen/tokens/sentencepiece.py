@@ -23,6 +23,8 @@ from xgen.tokens.document import METASPACE, added_token
 LARGEST_FILE = 1 << 25
 """Bytes; the largest vocabulary in use, of 262,144 pieces, takes 5 MB."""
 
+MOST_PIECES = 1 << 20
+
 LONGEST_PIECE = 256
 """Characters of a piece that merges make; SentencePiece's trainer stops at 16 unless told otherwise."""
 
@@ -64,7 +66,10 @@ def document_of(path: Path) -> dict[str, Any]:
     try:
         if len(data) > LARGEST_FILE:
             raise DataError(f"it is larger than {LARGEST_FILE:,} bytes")
-        return _document(_message(data))
+        proto = _message(data)
+        if len(_inner(proto, 1)) > MOST_PIECES:
+            raise DataError(f"it has over {MOST_PIECES:,} pieces")
+        return _document(proto)
     except (DataError, ValueError, struct.error) as cause:
         raise DataError(f"{path} is no SentencePiece model that can be used: {cause}") from cause
 

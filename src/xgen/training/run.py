@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import optax
 
-from xgen.checkpoints.manifest import folder_name, newest_whole
+from xgen.checkpoints.manifest import folder_name, newest_whole, split_model
 from xgen.convert.native import START as START_FILE
 from xgen.convert.pieces import assemble
 from xgen.data.corpora import open_sources, reopen_sources
 from xgen.data.reader import Reader
-from xgen.data.store import Store
+from xgen.data.store import Store, is_store
 from xgen.errors import CheckpointError, DataError, RecipeError, StorageError
 from xgen.measure import Sample, sample_documents
 from xgen.model import Spec, initialise
@@ -97,7 +97,7 @@ def create(
         raise RecipeError(
             f"{folder} already holds a run; go on with `xgen train --resume {folder}`, or choose another folder"
         )
-    if opened is not None and Path(opened.place.partition("@")[0]).absolute() == folder.absolute():
+    if opened is not None and Path(split_model(opened.place)[0]).resolve() == folder.resolve():
         raise RecipeError(f"{folder} is the model to be continued; choose another folder for the run")
     others = sorted(path.name for path in folder.glob("[!.]*") if path.name not in _OWN) if folder.exists() else []
     if others:
@@ -107,6 +107,8 @@ def create(
             "(texts to train on go to --data)"
         )
     check_devices(recipe)
+    if opened is not None:
+        _check_tokenizer(recipe, base, opened)
     claim_folder(folder)
     recipe = _rooted(recipe, base)
     own = opened.description.tokenizer if opened is not None else None
@@ -136,6 +138,18 @@ def _has_steps(folder: Path) -> bool:
     metrics = folder / METRICS
     beyond = (path for path in (folder / CHECKPOINTS).glob("*") if folder_name(0) not in path.name)
     return any(beyond) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def _check_tokenizer(recipe: Recipe, base: Path, opened: Opened) -> None:
+    """Raise RecipeError when the model came without a tokenizer, and none that it could know is named."""
+    name = recipe.tokenizer.name
+    stores = any(is_store(base / source) for source in recipe.data.sources.values())
+    if opened.description.tokenizer is None and (name.startswith("bpe:") or (name == "store" and not stores)):
+        learnt = f", and the ids of {name!r}, learnt now, would mean nothing to it" if name != "store" else ""
+        raise RecipeError(
+            f"{opened.place} has no tokenizer{learnt}; set tokenizer.name to the tokenizer.json that it was trained "
+            "with, or train on a store that was prepared with that"
+        )
 
 
 def _clear(folder: Path) -> None:
