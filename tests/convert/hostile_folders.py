@@ -54,6 +54,16 @@ def reduce(folder: Path, witness: Path) -> None:
     bin_folder(folder, before=b"cposix\nsystem\n(" + text(command(witness)) + b"tR0")
 
 
+@hostile("some share what is stored")
+def one_storage_as_many_tensors(folder: Path, _: Path) -> None:
+    """A small file that unfolds: every matrix is a view of the largest."""
+    write_folder(folder, form="bin")
+    tensors = tensors_for(CONFIG)
+    largest = max(tensors.values(), key=lambda array: array.size)
+    views = {name: view("0", array, count=largest.size) for name, array in tensors.items()}
+    write_zip(folder / "pytorch_model.bin", pickled(views), {"0": largest.tobytes()})
+
+
 @hostile("asks for 'posix.system'")
 def reduce_by_stack(folder: Path, witness: Path) -> None:
     call = text("posix") + text("system") + b"\x93" + text(command(witness)) + b"\x85R0"

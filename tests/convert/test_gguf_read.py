@@ -137,6 +137,14 @@ def test_scaling_fields(fields: dict, wanted: dict, tmp_path: Path) -> None:
     assert {key: scaling[key] for key in wanted} == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_a_scaling_that_would_shorten_the_context_is_refused(kind: str, tmp_path: Path) -> None:
+    small_file(tmp_path / "m.gguf")
+    fields = {"llama.rope.scaling.type": kind, "llama.rope.scaling.factor": 0.5}
+    with pytest.raises(CheckpointError, match=r"rope_scaling.factor: 0.5 would shorten the context"):
+        open_gguf(rewritten(tmp_path / "m.gguf", fields))
+
+
 @pytest.mark.parametrize("length", [300, 4096, 8192, 131_072])
 def test_the_original_length_of_llama3_is_found(length: int, tmp_path: Path) -> None:
     # As converters compute the factors: from float32 frequencies, plane by plane.

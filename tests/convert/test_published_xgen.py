@@ -125,3 +125,19 @@ def test_transformers_sees_the_same_model(published: Path, tmp_path: Path) -> No
     np.testing.assert_allclose(xgen.load(published).logits(np.array([ids]))[..., :50313], found[..., :50313], atol=2e-4)
     written = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=64, min_new_tokens=64)
     assert int(written.max()) < 50313
+
+
+def test_the_beginning_keeps_its_name_where_texts_do_not_begin_with_it(published: Path, tmp_path: Path) -> None:
+    """A chat template may use it, and llama.cpp looks for it."""
+    import gguf
+
+    assert xgen.load(published).description.bos_id == 50256
+    convert(published, tmp_path / "hf", "hf")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "hf" / name).read_text())["bos_token_id"] == 50256
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["bos_token"] == "<|endoftext|>"
+    convert(tmp_path / "hf", tmp_path / "xgen.gguf", "gguf")
+    field = gguf.GGUFReader(tmp_path / "xgen.gguf").get_field
+    assert field("tokenizer.ggml.bos_token_id").contents() == 50256
+    assert field("tokenizer.ggml.add_bos_token").contents() is False
+    assert xgen.load(tmp_path / "xgen.gguf").description.bos_id == 50256
