@@ -45,9 +45,9 @@ class GgufType(StrEnum):
 def hf(
     model: Model,
     out: Out,
-    dtype: Annotated[HuggingFaceType, typer.Option(help="Type of the weights; auto keeps what is stored.")] = (
-        HuggingFaceType.AUTO
-    ),
+    dtype: Annotated[
+        HuggingFaceType, typer.Option(case_sensitive=False, help="Type of the weights; auto keeps what is stored.")
+    ] = HuggingFaceType.AUTO,
     shard_size: Annotated[str, typer.Option(help="Largest file of weights, as 500MB or 2GB.")] = "2GB",
     json: Json = None,
     quiet: Quiet = False,
@@ -60,9 +60,9 @@ def hf(
 def gguf(
     model: Model,
     out: Out,
-    dtype: Annotated[GgufType, typer.Option("--type", help="Type of the matrices; auto keeps what is stored.")] = (
-        GgufType.AUTO
-    ),
+    dtype: Annotated[
+        GgufType, typer.Option("--type", case_sensitive=False, help="Type of the matrices; auto keeps what is stored.")
+    ] = GgufType.AUTO,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -110,8 +110,8 @@ def _convert(model: str, out: Path, form: Form, json: str | None, quiet: bool, *
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(MB|GB)", text)
-    size = int(float(found[1]) * {"MB": 10**6, "GB": 10**9}[found[2]]) if found else 0
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(KB|MB|GB)", text)
+    size = int(float(found[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]]) if found else 0
     if size <= 0:
         raise RecipeError(f"--shard-size {text!r} is no size; write it as 500MB or 2GB")
     return size
