@@ -84,13 +84,11 @@ def their_greedy(model: Any, ids: np.ndarray, *, use_cache: bool = True) -> np.n
         return model.generate(torch.tensor(ids), **wanted).numpy()
 
 
-def check(ours: LoadedModel, theirs: Any, ids: np.ndarray, *, use_cache: bool = True) -> float:
+def check(ours: LoadedModel, theirs: Any, ids: np.ndarray, *, use_cache: bool = True, strays: int = 0) -> float:
     """The largest difference of logits over `ids`; asserts it and the greedy continuation."""
     real = ours.spec.real_vocab
     difference = np.abs(ours.logits(ids)[..., :real] - their_logits(theirs, ids)[..., :real])
-    # Of over a hundred million logits of a deep model, each side's own rounding takes a few past the bound (measured:
-    # 1.6e-4 to 2.2e-4 at worst, by the text; the same with our plain attention).
-    assert (difference > TOLERANCE).sum() <= difference.size / 1e8
+    assert (difference > TOLERANCE).sum() <= strays
     assert difference.max() <= 2 * TOLERANCE
     written = their_greedy(theirs, ids, use_cache=use_cache)
     np.testing.assert_array_equal(likeliest_next(ours, written, ids.shape[1]), written[:, ids.shape[1] :])
@@ -154,7 +152,9 @@ def test_the_real_model_agrees(length: int, smollm2: Path, real_folder: Path) ->
     text = (Path(__file__).parent.parent.parent / "docs" / "lab-notes.md").read_text(encoding="utf-8")
     once = ours.tokenizer.encode(text)
     ids = np.array([(once * (1 + length // len(once)))[:length]])
-    check(ours, torch_model(real_folder), ids)
+    # Known shortfall: of 400 million logits at 8,000 tokens the worst differs by 1.6e-4 to 2.2e-4, by the text, and as
+    # much with our plain attention. At every other length, and for all other models, none may pass the bound.
+    check(ours, torch_model(real_folder), ids, strays=4 if length == 8000 else 0)
 
 
 def test_out_and_in_again_the_real_weights_have_the_same_bits(smollm2: Path, real_folder: Path, tmp_path: Path) -> None:

@@ -132,9 +132,8 @@ def _made(path: Path, files: _Files, ends: tuple[int, ...], rows: int) -> Tokeni
         return Tokenizer(document, str(path), _end_of_text(document, files, ends))
     except XgenError:
         raise
-    # The tokenizers library raises bare Exceptions for what it cannot parse, and a document that is not what it says
-    # it is may fail at any key. Whatever it is, the file is at fault.
-    except Exception as cause:
+    # A document that is not what it says it is may fail at any key.
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as cause:
         raise CheckpointError(f"{path} cannot be used as a tokenizer ({cause!r:.200}); fetch it again") from cause
 
 
