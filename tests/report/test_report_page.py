@@ -174,6 +174,18 @@ def test_what_did_not_help_a_continued_model_is_not_praised(tmp_path, learnt, sa
     assert f"(positions 64 to 512), training with that rope {said}" in page.text
 
 
+def test_without_long_enough_documents_the_same_last_tokens_tell_of_a_continued_run(tmp_path):
+    folder = write_run(tmp_path / "run", CONTINUED)
+    path = folder / "evals" / "after_training.json"
+    value = json.loads(path.read_text())
+    rows = [row for row in value["since_start"] if row["measure"] == "fixed_target" or row["from"] == 1]
+    path.write_text(json.dumps({**value, "since_start": rows}))
+    page = Page(write_report(folder).read_text("utf-8"))
+    assert "Past the 64 tokens that ‘old’ was trained on (after reading 497 to 512), the new rope and" in page.text
+    assert "the same tokens’ loss by context" in page.text
+    assert "was measured:" not in page.text
+
+
 def test_a_continued_run_without_measurements_past_the_old_length_says_so(tmp_path):
     folder = write_run(tmp_path / "run", CONTINUED)
     path = folder / "evals" / "after_training.json"

@@ -11,6 +11,7 @@ from xgen.report.read import Change, Run, SinceStart, Start
 from xgen.report.story import last_checkpoint
 
 POSITIONS = "by_position"
+TARGETS = "fixed_target"
 
 
 def continued_sentences(run: Run) -> list[str]:
@@ -42,11 +43,11 @@ def continued_section(run: Run) -> str:
         f"The run began with the weights of ‘{run.start.place}’ ({run.start.name}), trained on sequences of up to "
         f"{length} tokens (SHA-256 of its weights: {run.start.weights_sha256[:12]}…)." + _rope(run, run.start)
     )
-    rows = [row for row in run.measured.since_start if row.changes] if run.measured else []
+    rows = [row for row in _all(run) if row.changes]
     if not rows:
         body += paragraph("What became of it is measured after training; there is no such measurement.")
     else:
-        if not any(row.start >= run.start.context_length for row in rows if row.measure == POSITIONS):
+        if not any(row.start >= run.start.context_length for row in rows):
             body += paragraph(
                 f"No loss past {length} tokens was measured: evaluation.contexts go no further, or no held-out "
                 "document is long enough."
@@ -79,15 +80,28 @@ def _rope(run: Run, start: Start) -> str:
     )
 
 
+def _measure(run: Run) -> str:
+    """What tells of both sides of the old length: the loss by position, or that of the same last tokens of every
+    context when no held-out document is long enough for the former."""
+    assert run.start is not None
+    past = {row.measure for row in _all(run) if row.start >= run.start.context_length}
+    return TARGETS if past == {TARGETS} else POSITIONS
+
+
+def _all(run: Run) -> list[SinceStart]:
+    return list(run.measured.since_start) if run.measured else []
+
+
 def _rows(run: Run, checkpoint: str) -> list[SinceStart]:
-    """The checkpoint's two sides of the old length, by position."""
-    rows = run.measured.since_start if run.measured else ()
-    return [row for row in rows if (row.checkpoint, row.measure) == (checkpoint, POSITIONS)]
+    """The checkpoint's rows below and past the old length, by `_measure`."""
+    measure = _measure(run)
+    return [row for row in _all(run) if (row.checkpoint, row.measure) == (checkpoint, measure)]
 
 
 def _where(row: SinceStart, start: Start) -> str:
     side = "Past" if row.start >= start.context_length else "Within"
-    positions = f"positions {words.count(row.start)} to {words.count(row.stop)}"
+    read = f"{words.count(row.start)} to {words.count(row.stop)}"
+    positions = f"{'after reading' if row.measure == TARGETS else 'positions'} {read}"
     return f"{side} the {words.count(start.context_length)} tokens that ‘{start.name}’ was trained on ({positions})"
 
 
@@ -102,7 +116,8 @@ def _figure(run: Run, start: Start) -> str:
         Interval(_label(row, change), change.difference, change.low, change.high, _signed(change))
         for row, change in sorted(shown, key=lambda one: (one[0].start, one[1].against != START))
     ]
-    title = f"Change of loss by position, checkpoint {last}"
+    what = "loss by position" if _measure(run) == POSITIONS else "the same tokens’ loss by context"
+    title = f"Change of {what}, checkpoint {last}"
     drawing = "".join(
         draw_intervals("since", title, "difference in loss, nats per token", rows, tone(stage_index(run, last)), size)
         for size in (WIDE, NARROW)
@@ -128,7 +143,6 @@ def _signed(change: Change) -> str:
 
 def _numbers(run: Run) -> str:
     """Every checkpoint on both sides of the old length and at every context, with what changed before it."""
-    rows = run.measured.since_start if run.measured else ()
     named = {POSITIONS: "by position", "fixed_target": "fixed target"}
     cells = [
         (
@@ -139,7 +153,7 @@ def _numbers(run: Run) -> str:
             "".join(f"{_signed(one)}<small>against {escape(one.against)}</small>" for one in row.changes) or "–",
             words.count(row.documents),
         )
-        for row in sorted(rows, key=lambda row: (row.measure, row.start, stage_index(run, row.checkpoint)))
+        for row in sorted(_all(run), key=lambda row: (row.measure, row.start, stage_index(run, row.checkpoint)))
     ]
     head = ("checkpoint", "measure", "tokens read before", f"loss, {words.NINETY_FIVE}", "change", "documents")
     return table(head, cells, "Loss in nats per token before and after, with paired changes")

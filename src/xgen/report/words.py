@@ -239,7 +239,7 @@ def moved(
     if told == "not shown":
         return f"{where}, {what} is not shown to change the loss: {change}, {signed(difference)} ({paired})."
     fell = "lowered" if told == "gain" else "raised"
-    return f"{where}, {what} {fell} the loss on held-out text {change}, by {loss(abs(difference))} ({paired})."
+    return f"{where}, {what} {fell} the loss on held-out text {change}, {signed(difference)} ({paired})."
 
 
 def compression(bits_per_byte: float, xz_bits_per_byte: float, documents: int, context: int) -> str:
