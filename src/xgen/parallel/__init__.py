@@ -1,0 +1,1 @@
+"""Devices as one machine: the mesh, who holds which part, processes that start and stop together."""
