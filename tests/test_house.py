@@ -20,6 +20,7 @@ FLOORS = {
     "model": 2,
     "checkpoints": 3,
     "data": 3,
+    "parallel": 3,
     "convert": 4,
     "measure": 4,
     "training": 5,

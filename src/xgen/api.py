@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from xgen.loaded import LoadedModel
     from xgen.training.run import Clock, Run
     from xgen.training.signals import Signals
-    from xgen.training.step import State
+    from xgen.training.state import State
 
 
 class Task(Protocol):

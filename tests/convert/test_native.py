@@ -31,7 +31,7 @@ from xgen.recipe.schema import Checkpoints, RopeScaling
 from xgen.recipe.write import dump_toml
 from xgen.tokens.tokenizer import Tokenizer, train_bpe
 from xgen.training.checkpoints import Saver
-from xgen.training.step import State
+from xgen.training.state import State
 
 CHECKPOINT = Path("checkpoints") / folder_name(0)
 

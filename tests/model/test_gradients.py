@@ -20,6 +20,7 @@ from xgen.model import attention as attention_module
 from xgen.model import loss as loss_module
 from xgen.model.attention import attention
 from xgen.model.layers import mlp, norm
+from xgen.model.split import ONE
 from xgen.model.linear import project
 from xgen.model.loss import token_nll, weighted_loss
 from xgen.model.weights import Block
@@ -97,7 +98,7 @@ def test_mlp(precision, gated, biased):
     absent = dict.fromkeys(field.name for field in dataclasses.fields(Block))
 
     def found(x, *arrays):
-        return mlp(x, Block(**absent | dict(zip(names, arrays, strict=True))))
+        return mlp(x, Block(**absent | dict(zip(names, arrays, strict=True))), ONE)
 
     def wanted(x, *arrays):
         return plain.mlp(x, dict(zip(names, arrays, strict=True)))

@@ -122,7 +122,7 @@ def test_a_document_has_the_logits_it_has_alone(kind):
 
 
 def test_the_probe_detects_a_dynamic_scaling_that_sees_the_whole_row(monkeypatch):
-    monkeypatch.setattr(rope, "_document_lengths", lambda positions, _: jnp.full_like(positions, positions.shape[1]))
+    monkeypatch.setattr(rope, "_document_lengths", lambda positions, *_: jnp.full_like(positions, positions.shape[1]))
     with pytest.raises(AssertionError):
         test_a_document_has_the_logits_it_has_alone("dynamic")
 

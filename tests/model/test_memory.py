@@ -80,7 +80,8 @@ from pathlib import Path
 from xgen.model import Spec, initialise
 from xgen.recipe.load import load_recipe
 from xgen.training.optimizer import build
-from xgen.training.step import State, Tokens, compile_step
+from xgen.training.state import State
+from xgen.training.step import Tokens, compile_step
 
 recipe = load_recipe("xgen-125m").recipe
 stage = recipe.stages[-1].model_copy(update={"batch_tokens": 8192, "microbatch_tokens": 8192})

@@ -8,7 +8,8 @@ from small_models import spec_of
 from xgen.model import initialise
 from xgen.recipe.schema import Optimizer, Stage
 from xgen.training.optimizer import build
-from xgen.training.step import State, Tokens, compile_step
+from xgen.training.state import State
+from xgen.training.step import Tokens, compile_step
 
 LENGTH, ROWS, VOCABULARY = 32, 8, 64
 

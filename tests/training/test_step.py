@@ -13,7 +13,8 @@ from small_models import batch_of, exact, relative_error, spec_of, weights_of
 from xgen.model import as_dict
 from xgen.recipe.schema import Optimizer, Stage
 from xgen.training.optimizer import build
-from xgen.training.step import State, Tokens, compile_step, mean_loss_by_position, position_bins
+from xgen.training.state import State
+from xgen.training.step import Tokens, compile_step, mean_loss_by_position, position_bins
 
 DOCUMENTS = [[11, 21], [32, 0], [1, 31], [16, 16]]
 RATE = np.float32(1e-2)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from xgen.model.attention import attention
-from xgen.model.layers import PROJECTION, linear, mlp, norm
+from xgen.model.layers import PROJECTION, inward, mlp, norm, outward
 from xgen.model.linear import accumulator
 from xgen.model.loss import masked_logits, token_nll, weighted_loss
 from xgen.model.rope import angles, rotate
 from xgen.model.spec import Spec
+from xgen.model.split import Split, enter, gather, leave
 from xgen.model.weights import Block, Weights
 
 
@@ -39,32 +40,59 @@ def forward(
     `segments` numbers the documents of a row, `positions` the places within them. `remat` says what the backward
     pass recomputes: "none", "dots" (all but the products' results), "block" (everything but the layers' inputs).
     """
-    places = Places(*angles(positions, segments, spec.model, accumulator(spec.dtype)), segments)
-    x = weights.embedding[ids].astype(spec.dtype)
+    places = Places(*angles(positions, segments, spec.model, accumulator(spec.dtype), spec.split), segments)
+    x = embed(weights.embedding, ids, spec.dtype, spec.split)
     layer = _rematerialised(lambda x, w: (block(x, w, places, spec), None), remat)
     x, _ = jax.lax.scan(layer, x, weights.block)
     return norm(x, weights.final_norm, weights.final_norm_bias, spec.model)
 
 
+def embed(
+    embedding: Float[Array, "V D"], ids: Int[Array, "B S"], dtype: jnp.dtype, split: Split
+) -> Float[Array, "B S D"]:
+    """Each token's row in the compute type.
+
+    On a mesh a device looks up the tokens of all with which it shares the rows, in the columns that it stores, and they
+    exchange what they found: bytes in proportion to the tokens, where a gather of the table would move all of it.
+    """
+    wanted = gather(ids, split.shards, 0)
+    if split.tensor:
+        wanted = wanted - jax.lax.axis_index(split.tensor) * embedding.shape[0]
+        mine = (wanted >= 0) & (wanted < embedding.shape[0])
+        found = jnp.where(mine[..., None], embedding[jnp.clip(wanted, 0, embedding.shape[0] - 1)], 0)
+    else:
+        found = embedding[wanted]
+    found = found.astype(dtype)
+    if split.shards:
+        found = jax.lax.all_to_all(found, split.shards, split_axis=0, concat_axis=2, tiled=True)
+    return leave(found, split.tensor)
+
+
 def block(x: Float[Array, "B S D"], w: Block, at: Places, spec: Spec) -> Float[Array, "B S D"]:
     """One layer (the leading axis L of `w` is gone): sequential circuits as XGen's and LLaMA's, or parallel ones
     on one shared norm as GPT-J's and JaxFormer's."""
-    normed = norm(x, w.attention_norm, w.attention_norm_bias, spec.model)
+    split = spec.split
+    normed = enter(norm(x, w.attention_norm, w.attention_norm_bias, spec.model), split.tensor)
     attended = attend(normed, w, at, spec)
     if w.mlp_norm is None:
-        return x + attended + mlp(normed, w)
+        return x + attended + mlp(normed, w, split)
     x = x + attended
-    return x + mlp(norm(x, w.mlp_norm, w.mlp_norm_bias, spec.model), w)
+    return x + mlp(enter(norm(x, w.mlp_norm, w.mlp_norm_bias, spec.model), split.tensor), w, split)
 
 
 def attend(x: Float[Array, "B S D"], w: Block, at: Places, spec: Spec) -> Float[Array, "B S D"]:
     """The attention circuit on a normed input."""
-    q = rotate(linear(x, w.query, w.query_bias), at.cosine, at.sine)
-    k = rotate(linear(x, w.key, w.key_bias), at.cosine, at.sine)
-    v = linear(x, w.value, w.value_bias)
-    mixed = attention(q, k, v, at.segments, spec.compute.attention)
+    split = spec.split
+    q = rotate(inward(x, w.query, w.query_bias, split), at.cosine, at.sine)
+    k = rotate(inward(x, w.key, w.key_bias, split), at.cosine, at.sine)
+    v = inward(x, w.value, w.value_bias, split)
+    mixed = attention(q, k, v, at.segments, spec.compute.attention, *_context(spec))
     flat = mixed.reshape(*mixed.shape[:2], -1)
-    return linear(flat, w.output.reshape(flat.shape[-1], -1), w.output_bias)
+    return outward(flat, w.output.reshape(flat.shape[-1], -1), w.output_bias, split)
+
+
+def _context(spec: Spec) -> tuple[object, ...]:
+    return (spec.split.context, spec.compute.exchange) if spec.split.context else ()
 
 
 def _rematerialised(layer: Callable[..., tuple[Array, None]], remat: str) -> Callable[..., tuple[Array, None]]:
@@ -99,8 +127,9 @@ def objective(
     x = forward(weights, spec, ids, segments, positions, remat)
     flat = x.reshape(-1, x.shape[-1])
     each = jnp.full(flat.shape[0], token_weight, accumulator(spec.dtype))
-    total, per_token = weighted_loss(flat, head_of(weights), targets.reshape(-1), each, spec.real_vocab, z_loss)
-    return total, jax.lax.stop_gradient(per_token).reshape(ids.shape)
+    head, flat_targets = head_of(weights), targets.reshape(-1)
+    loss, per_token = weighted_loss(flat, head, flat_targets, each, spec.real_vocab, z_loss, spec.split)
+    return loss, jax.lax.stop_gradient(per_token).reshape(ids.shape)
 
 
 def nll(
@@ -113,7 +142,7 @@ def nll(
 ) -> Float[Array, "B S"]:
     """Each target's negative log-likelihood in nats; never all logits at once; for measurement, not for gradients."""
     x = forward(weights, spec, ids, segments, positions)
-    flat = token_nll(x.reshape(-1, x.shape[-1]), head_of(weights), targets.reshape(-1), spec.real_vocab)
+    flat = token_nll(x.reshape(-1, x.shape[-1]), head_of(weights), targets.reshape(-1), spec.real_vocab, spec.split)
     return flat.reshape(ids.shape)
 
 
@@ -125,7 +154,9 @@ def logits(
     positions: Int[Array, "B S"],
 ) -> Float[Array, "B S V"]:
     """All logits in float32; rows past the tokenizer's are masked."""
-    return masked_logits(forward(weights, spec, ids, segments, positions), head_of(weights), spec.real_vocab)
+    return masked_logits(
+        forward(weights, spec, ids, segments, positions), head_of(weights), spec.real_vocab, spec.split
+    )
 
 
 def last_logits(weights: Weights, spec: Spec, ids: Int[Array, "B S"], length: Int[Array, ""]) -> Float[Array, "B V"]:
@@ -133,4 +164,4 @@ def last_logits(weights: Weights, spec: Spec, ids: Int[Array, "B S"], length: In
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     x = forward(weights, spec, ids, (positions >= length).astype(jnp.int32), positions)
     last = jax.lax.dynamic_index_in_dim(x, length - 1, axis=1, keepdims=False)
-    return masked_logits(last, head_of(weights), spec.real_vocab)
+    return masked_logits(last, head_of(weights), spec.real_vocab, spec.split)

@@ -1,5 +1,8 @@
 """The one product of activations and weights, with its gradients written out.
 
+A weight that a mesh stores in parts is gathered here, in the compute type, once forward and once backward: the whole of
+it is never kept between the two. Its gradient goes to the parts summed in float32.
+
 Left to automatic differentiation, a bfloat16 product with a float32 result gets float32 cotangents and so
 float32 backward products, at half the speed or less. Here all three products take operands in the compute
 type and accumulate in float32; the weight's gradient stays float32, as the master weights are.
@@ -8,35 +11,50 @@ type and accumulate in float32; the weight's gradient stays float32, as the mast
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from xgen.model.split import gather, scatter
+
 
 def project(
     x: Float[Array, "*T D"],
     weight: Float[Array, "D *N"],  # noqa: UP037 - a shape, not a product
+    shards: tuple[str, ...] = (),
+    stored: int = 0,
 ) -> Float[Array, "*TN"]:
-    """`x` times `weight` over the last axis of `x`: [*T, *N], in the type of `x`."""
+    """`x` times `weight` over the last axis of `x`: [*T, *N], in the type of `x`.
+
+    `shards`: mesh axes over which `weight` is stored in parts, along D (`stored` 0) or along its only other axis (1).
+    """
     leading, outputs = x.shape[:-1], weight.shape[1:]
-    flat = _product(x.reshape(-1, x.shape[-1]), weight.reshape(weight.shape[0], math.prod(outputs)))
-    return flat.reshape(*leading, *outputs)
+    matrix = weight.reshape(weight.shape[0], math.prod(outputs))
+    flat = _product(x.reshape(-1, x.shape[-1]), matrix, shards, stored)
+    return flat.reshape(*leading, *(outputs if stored == 0 else flat.shape[1:]))
 
 
-@jax.custom_vjp
-def _product(x: Float[Array, "T D"], weight: Float[Array, "D N"]) -> Float[Array, "T N"]:
-    return dot(x, weight.astype(x.dtype), 1, 0).astype(x.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(
+    x: Float[Array, "T D"], weight: Float[Array, "A B"], shards: tuple[str, ...], stored: int
+) -> Float[Array, "T N"]:
+    return dot(x, gather(weight.astype(x.dtype), shards, stored), 1, 0).astype(x.dtype)
 
 
-def _product_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, weight), (x, weight)
+def _product_forward(
+    x: Array, weight: Array, shards: tuple[str, ...], stored: int
+) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, weight, shards, stored), (x, weight)
 
 
-def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _product_backward(
+    shards: tuple[str, ...], stored: int, saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
     x, weight = saved
-    x_gradient = dot(gradient, weight.astype(x.dtype), 1, 1).astype(x.dtype)
-    return x_gradient, outer(x, gradient).astype(weight.dtype)
+    x_gradient = dot(gradient, gather(weight.astype(x.dtype), shards, stored), 1, 1).astype(x.dtype)
+    return x_gradient, scatter(outer(x, gradient), shards, stored).astype(weight.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

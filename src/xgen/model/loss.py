@@ -1,6 +1,9 @@
 """Cross entropy over the vocabulary in chunks of tokens: all logits are never held at once.
 
 At 8,192 positions and 51,200 rows the float32 logits alone would take 1.7 GB a sequence.
+
+Of a mesh's tensor parts each holds a stretch of the vocabulary: it computes the logits of its own rows, and of the
+others it learns the largest logit, the sum of exponentials, and whether the target is theirs.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from xgen.model.linear import accumulator, dot, outer
+from xgen.model.split import ONE, Split, gather, scatter, total
 
 CHUNK_LOGITS = 1 << 24
 """Logits held at once: 64 MiB in float32."""
@@ -20,21 +24,21 @@ _MASKED = -1e30
 
 
 def token_nll(
-    x: Float[Array, "T D"], head: Float[Array, "D V"], targets: Int[Array, " T"], real_vocab: int
+    x: Float[Array, "T D"], head: Float[Array, "D V"], targets: Int[Array, " T"], real_vocab: int, split: Split = ONE
 ) -> Float[Array, " T"]:
     """Negative log-likelihood of each target in nats, padding rows of the vocabulary masked."""
-    narrow = head.astype(x.dtype)
+    narrow = gather(head.astype(x.dtype), split.shards, 0)
 
     def chunk(_: None, part: tuple[Array, ...]) -> tuple[None, Array]:
         rows, target = part
-        scores = _masked_logits(rows, narrow, real_vocab)
-        return None, jax.nn.logsumexp(scores, axis=-1) - _picked(scores, target)
+        scores = _masked_logits(rows, narrow, real_vocab, split)
+        return None, _logsumexp(scores, split) - _picked(scores, target, split)
 
     _, nll = jax.lax.scan(chunk, None, _chunks((x, targets), head.shape[1]))
     return nll.reshape(-1)[: x.shape[0]]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def weighted_loss(
     x: Float[Array, "T D"],
     head: Float[Array, "D V"],
@@ -42,45 +46,48 @@ def weighted_loss(
     weights: Float[Array, " T"],
     real_vocab: int,
     z_loss: float,
+    split: Split = ONE,
 ) -> tuple[Float[Array, ""], Float[Array, " T"]]:
-    """Sum over tokens of weight x (nll + z_loss x logsumexp^2), and each token's nll.
+    """Sum over (this device's) tokens of weight x (nll + z_loss x logsumexp^2), and each token's nll.
 
     The gradient of the sum is computed in the forward pass, chunk by chunk, while the logits are there. The second
     result is for reporting and has no gradient. z_loss: PaLM's penalty (Chowdhery et al. 2022), 0 to leave it out.
     """
-    return _loss_forward(x, head, targets, weights, real_vocab, z_loss)[0]
+    return _loss_forward(x, head, targets, weights, real_vocab, z_loss, split)[0]
 
 
 def _loss_forward(
-    x: Array, head: Array, targets: Array, weights: Array, real_vocab: int, z_loss: float
+    x: Array, head: Array, targets: Array, weights: Array, real_vocab: int, z_loss: float, split: Split
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-    narrow = head.astype(x.dtype)
+    narrow = gather(head.astype(x.dtype), split.shards, 0)
     wide = accumulator(x.dtype)
 
     def chunk(head_gradient: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         rows, target, weight = part
-        scores = _masked_logits(rows, narrow, real_vocab)
-        lse = jax.nn.logsumexp(scores, axis=-1)
-        nll = lse - _picked(scores, target)
+        scores = _masked_logits(rows, narrow, real_vocab, split)
+        lse = _logsumexp(scores, split)
+        nll = lse - _picked(scores, target, split)
         share = weight * (1 + 2 * z_loss * lse)
-        hit = jnp.arange(head.shape[1]) == target[:, None]
+        hit = _rows(scores, split) == target[:, None]
         gradient = jnp.exp(scores - lse[:, None]) * share[:, None] - jnp.where(hit, weight[:, None], 0)
         gradient = gradient.astype(x.dtype)
-        total = jnp.sum(weight * (nll + z_loss * lse * lse))
-        return head_gradient + outer(rows, gradient), (total, nll, dot(gradient, narrow, 1, 1).astype(x.dtype))
+        loss = jnp.sum(weight * (nll + z_loss * lse * lse))
+        x_gradient = total(dot(gradient, narrow, 1, 1), split.tensor).astype(x.dtype)
+        return head_gradient + outer(rows, gradient), (loss, nll, x_gradient)
 
     parts = _chunks((x, targets, weights), head.shape[1])
-    head_gradient, (totals, nll, x_gradient) = jax.lax.scan(chunk, jnp.zeros(head.shape, wide), parts)
+    head_gradient, (losses, nll, x_gradient) = jax.lax.scan(chunk, jnp.zeros(narrow.shape, wide), parts)
     # XLA's CPU would fold a tied head's transpose into a lone chunk's product, a form it cannot run in bfloat16.
-    head_gradient = jax.lax.optimization_barrier(head_gradient)
+    head_gradient = scatter(jax.lax.optimization_barrier(head_gradient), split.shards, 0)
     tokens = x.shape[0]
     saved = (x_gradient.reshape(-1, x.shape[1])[:tokens], head_gradient, weights)
-    return (totals.sum(), nll.reshape(-1)[:tokens]), saved
+    return (losses.sum(), nll.reshape(-1)[:tokens]), saved
 
 
 def _loss_backward(
     real_vocab: int,  # noqa: ARG001 - custom_vjp hands the static arguments over
     z_loss: float,  # noqa: ARG001
+    split: Split,  # noqa: ARG001
     saved: tuple[Array, Array, Array],
     gradients: tuple[Array, Array],
 ) -> tuple[Array, Array, None, Array]:
@@ -92,21 +99,46 @@ def _loss_backward(
 weighted_loss.defvjp(_loss_forward, _loss_backward)
 
 
-def masked_logits(x: Float[Array, "*T D"], head: Float[Array, "D V"], real_vocab: int) -> Float[Array, "*T V"]:
-    """Float32 logits; padding rows of the vocabulary are -1e30, so that they are never sampled."""
-    flat = _masked_logits(x.reshape(-1, x.shape[-1]), head.astype(x.dtype), real_vocab)
-    return flat.reshape(*x.shape[:-1], head.shape[1])
+def masked_logits(
+    x: Float[Array, "*T D"], head: Float[Array, "D V"], real_vocab: int, split: Split = ONE
+) -> Float[Array, "*T V"]:
+    """Float32 logits, whole on every device; padding rows of the vocabulary are -1e30, so that they are never
+    sampled."""
+    narrow = gather(head.astype(x.dtype), split.shards, 0)
+    flat = gather(_masked_logits(x.reshape(-1, x.shape[-1]), narrow, real_vocab, split), split.tensor, 1)
+    return flat.reshape(*x.shape[:-1], flat.shape[1])
 
 
-def _masked_logits(x: Array, narrow: Array, real_vocab: int) -> Float[Array, "C V"]:
+def _masked_logits(x: Array, narrow: Array, real_vocab: int, split: Split) -> Float[Array, "C V"]:
+    """Of this device's rows of the vocabulary."""
     scores = dot(x, narrow, 1, 0)
-    if real_vocab == scores.shape[-1]:
+    if not split.tensor and real_vocab == scores.shape[-1]:
         return scores
-    return jnp.where(jnp.arange(scores.shape[-1]) < real_vocab, scores, _MASKED)
+    return jnp.where(_rows(scores, split) < real_vocab, scores, _MASKED)
 
 
-def _picked(scores: Float[Array, "C V"], targets: Int[Array, " C"]) -> Float[Array, " C"]:
-    return jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+def _rows(scores: Float[Array, "C V"], split: Split) -> Int[Array, " V"]:
+    """The ids that this device's logits are of."""
+    mine = jnp.arange(scores.shape[-1])
+    return mine + jax.lax.axis_index(split.tensor) * scores.shape[-1] if split.tensor else mine
+
+
+def _logsumexp(scores: Float[Array, "C V"], split: Split) -> Float[Array, " C"]:
+    """Over the whole vocabulary."""
+    lse: Array = jax.nn.logsumexp(scores, axis=-1)
+    if not split.tensor:
+        return lse
+    peak = jax.lax.pmax(lse, split.tensor)
+    whole: Array = peak + jnp.log(total(jnp.exp(lse - peak), split.tensor))
+    return whole
+
+
+def _picked(scores: Float[Array, "C V"], targets: Int[Array, " C"], split: Split) -> Float[Array, " C"]:
+    """Each target's logit, which one of the tensor parts has."""
+    if not split.tensor:
+        return jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+    hit = _rows(scores, split) == targets[:, None]
+    return total(jnp.where(hit, scores, 0).sum(axis=-1), split.tensor)
 
 
 def _chunks(arrays: tuple[Array, ...], vocabulary: int) -> tuple[Array, ...]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from xgen.model.split import ONE, Split, gather, local_places, zigzag
 from xgen.recipe.schema import Model
 
 
@@ -70,7 +71,11 @@ _SCALED: dict[str, Callable[[np.ndarray, Model], np.ndarray]] = {
 
 
 def angles(
-    positions: Int[Array, "B S"], segments: Int[Array, "B S"], model: Model, dtype: jnp.dtype
+    positions: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    model: Model,
+    dtype: jnp.dtype,
+    split: Split = ONE,
 ) -> tuple[Float[Array, "B S 1 P"], Float[Array, "B S 1 P"]]:
     """Cosine and sine of each position's turn, for `rotate`; `dtype` is float32 or wider.
 
@@ -79,8 +84,9 @@ def angles(
     """
     rates = jnp.asarray(frequencies(model), dtype)
     if model.rope_scaling.kind == "dynamic":
-        table = jnp.asarray(_by_length(model, positions.shape[1]), dtype)
-        beyond = jnp.maximum(_document_lengths(positions, segments) - model.rope_scaling.original_length, 0)
+        columns = positions.shape[1] * (jax.lax.axis_size(split.context) if split.context else 1)
+        table = jnp.asarray(_by_length(model, columns), dtype)
+        beyond = jnp.maximum(_document_lengths(positions, segments, split) - model.rope_scaling.original_length, 0)
         rates = table[beyond][:, :, None]
     turn = positions[..., None, None].astype(dtype) * rates
     factor = model.rope_scaling.attention_factor
@@ -98,8 +104,13 @@ def _by_length(model: Model, longest: int) -> np.ndarray:
     return np.stack([1 / _powers(model.rope_theta * stretch**power, model) for stretch in stretches])
 
 
-def _document_lengths(positions: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
+def _document_lengths(positions: Int[Array, "B S"], segments: Int[Array, "B S"], split: Split) -> Int[Array, "B S"]:
     """Of each token: the largest position in its document, plus 1. Documents lie in one piece."""
+    if split.context:
+        parts, mine = jax.lax.axis_size(split.context), local_places(positions.shape[1], split.context)
+        natural = np.argsort(zigzag(positions.shape[1] * parts, parts))
+        places, documents = (gather(x, split.context, 1)[:, natural] for x in (positions, segments))
+        return _document_lengths(places, documents, ONE)[:, mine]
     document = jnp.cumsum(jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0, axis=1)
     last = jax.vmap(lambda at, place: jnp.zeros_like(place).at[at].max(place)[at])(document, positions)
     return last + 1

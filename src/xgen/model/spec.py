@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from xgen.errors import RecipeError
+from xgen.model.split import ONE, Split
 from xgen.recipe.schema import Compute, Model, Recipe
 
 _DEFAULT = Compute()
@@ -14,11 +15,13 @@ _DEFAULT = Compute()
 
 @dataclass(frozen=True)
 class Spec:
-    """A decoder's shape, how it is computed, and how many rows of the vocabulary are real tokens."""
+    """A decoder's shape, how it is computed, how many rows of the vocabulary are real tokens, and over which axes of a
+    mesh the program around it spreads the work."""
 
     model: Model
     real_vocab: int
     compute: Compute = _DEFAULT
+    split: Split = ONE
 
     def __post_init__(self) -> None:
         if not 0 < self.real_vocab <= self.model.vocab_size:

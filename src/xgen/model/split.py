@@ -52,11 +52,12 @@ def local_places(length: int, axes: Sequence[str]) -> Int[Array, " S"]:
         return jax.numpy.arange(length)
     parts = jax.lax.axis_size(tuple(axes))
     whole = jax.numpy.asarray(zigzag(length * parts, parts).reshape(parts, length))
-    return jax.lax.dynamic_index_in_dim(whole, jax.lax.axis_index(tuple(axes)), keepdims=False)
+    mine: Array = jax.lax.dynamic_index_in_dim(whole, jax.lax.axis_index(tuple(axes)), keepdims=False)
+    return mine
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def enter(x: Array, axes: tuple[str, ...]) -> Array:
+def enter(x: Array, axes: tuple[str, ...]) -> Array:  # noqa: ARG001 - its gradient needs them
     """Before products whose outputs are spread over `axes`: x itself; its gradient is the sum of the parts'."""
     return x
 

@@ -9,7 +9,7 @@ from xgen.errors import RecipeError
 from xgen.model import Spec
 from xgen.model.weights import Axis, Weight, Weights, abstract, map_rows
 from xgen.parallel.mesh import Sizes
-from xgen.recipe.schema import Stage
+from xgen.recipe.schema import Model, Stage
 
 RULES: dict[Axis, tuple[str, ...]] = {
     "layer": (),
@@ -58,9 +58,8 @@ def state_shardings(tree: object, spec: Spec, mesh: jax.sharding.Mesh) -> object
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def require_even(spec: Spec, stage: Stage, sizes: Sizes, place: str) -> None:
+def require_even(model: Model, stage: Stage, sizes: Sizes, place: str) -> None:
     """Raise RecipeError when a part would be uneven, with values that would fit. `place`: the stage's key."""
-    model = spec.model
     shards, rows = sizes.fsdp * sizes.context, stage.microbatch_tokens // stage.length
     ways = sizes.replica * sizes.fsdp
     checks = [

@@ -175,7 +175,9 @@ class Stage(Section):
 
 class Compute(Section):
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Literal["auto", "reference", "blockwise"] = "auto"
+    attention: Literal["auto", "reference", "blockwise", "splash"] = "auto"
+    exchange: Literal["gather", "ring"] = "gather"
+    """Of keys and values between the context parts of a mesh: all at once, or one part's after the other."""
 
 
 class Checkpoints(Section):

@@ -9,11 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from xgen.checkpoints.manifest import Checkpoint, folder_name, list_checkpoints
 from xgen.checkpoints.weights import read_weights
 from xgen.errors import CheckpointError
 from xgen.measure import Measurements, Score, measure_checkpoints
-from xgen.model import Spec, parameter_count
+from xgen.model import Spec, Weights, parameter_count
+from xgen.parallel.program import weight_shardings
 from xgen.recipe.base import NEW_ROPE, START
 from xgen.training.evaluate import scorer
 from xgen.training.folder import CHECKPOINTS, MEASUREMENTS, METRICS, RESULT, read_lines, write_json
@@ -42,7 +45,7 @@ def measure(run: Run, progress: Progress | None = None) -> Measurements | None:
     if held_out is None:
         return None
     scorers = [*_untrained(run)]
-    scorers += [(name, _scorer(found.path, run.spec)) for name, found in stage_checkpoints(run).items()]
+    scorers += [(name, _scorer(run, found.path, run.spec)) for name, found in stage_checkpoints(run).items()]
     lengths, text = run.tokenizer.byte_lengths, held_out.text(run.tokenizer.token_bytes)
     since = run.start.context_length if run.start is not None else None
     found = measure_checkpoints(scorers, held_out, run.recipe.evaluation, lengths, text, progress, since=since)
@@ -56,13 +59,20 @@ def _untrained(run: Run) -> Iterator[tuple[str, Score]]:
     if run.start is None:
         return
     path = run.folder / CHECKPOINTS / folder_name(0)
-    yield START, _scorer(path, replace(run.spec, model=run.start.model))
+    yield START, _scorer(run, path, replace(run.spec, model=run.start.model))
     if run.start.rope_changed(run.recipe):
-        yield NEW_ROPE, _scorer(path, run.spec)
+        yield NEW_ROPE, _scorer(run, path, run.spec)
 
 
-def _scorer(path: Path, spec: Spec) -> Score:
-    return scorer(lambda: read_weights(path, spec), spec)
+def _scorer(run: Run, path: Path, spec: Spec) -> Score:
+    """Over the checkpoint at `path`, on the last stage's mesh."""
+    layout = run.layouts[-1]
+
+    def weights() -> Weights:
+        found = read_weights(path, spec)
+        return found if layout.single else jax.device_put(found, weight_shardings(spec, layout))
+
+    return scorer(weights, spec, layout)
 
 
 def result(run: Run, measured: Measurements | None, seconds: float) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from xgen.measure import HeldOut, Sample, Score, loss_by_position, position_bins, sample, strided_loss
 from xgen.model import Spec, Weights, last_logits, nll
+from xgen.model.split import zigzag
+from xgen.parallel.program import EVERYWHERE, ONE_DEVICE, Layout
+from xgen.parallel.rules import TOKENS, weight_partitions
 from xgen.tokens.tokenizer import Tokenizer
 
 # The held-out text of the loop is a part of the one measured at the end, and is seen in windows that do not overlap.
@@ -22,26 +25,53 @@ _SAMPLE_WINDOW = 64
 _TEMPERATURE = 0.8
 
 
-@partial(jax.jit, static_argnums=1)
-def _score(weights: Weights, spec: Spec, ids: jax.Array, targets: jax.Array, segments: jax.Array, positions: jax.Array):  # type: ignore[no-untyped-def]
-    return nll(weights, spec, ids, targets, segments, positions)
+@lru_cache
+def _score(spec: Spec, layout: Layout) -> Callable[..., Array]:
+    """`nll` of whole arrays; on a mesh the result is whole everywhere, its columns as they are stored."""
+    if layout.single:
+        return jax.jit(lambda weights, *batch: nll(weights, spec, *batch))
+    local = layout.spec(spec)
+    inputs = (weight_partitions(spec), *[TOKENS] * 4)
+    spread = layout.spread(lambda weights, *batch: nll(weights, local, *batch), inputs, TOKENS)
+    return jax.jit(spread, out_shardings=layout.sharding(EVERYWHERE))
 
 
-@partial(jax.jit, static_argnums=1)
-def _next(weights: Weights, spec: Spec, ids: jax.Array, length: jax.Array):  # type: ignore[no-untyped-def]
-    return last_logits(weights, spec, ids, length)[0]
+@lru_cache
+def _next(spec: Spec, layout: Layout) -> Callable[..., Array]:
+    """`last_logits` of one row; on a mesh every device computes it from the same tokens."""
+    if layout.single:
+        return jax.jit(lambda weights, ids, length: last_logits(weights, spec, ids, length)[0])
+    local = layout.spec(spec)
+    local = replace(local, split=replace(local.split, batch=(), context=()))
+    inputs = (weight_partitions(spec), EVERYWHERE, EVERYWHERE)
+    spread = layout.spread(lambda weights, *given: last_logits(weights, local, *given)[0], inputs, EVERYWHERE)
+    return jax.jit(spread)
 
 
-def scorer(weights: Callable[[], Weights], spec: Spec) -> Score:
+def scorer(weights: Callable[[], Weights], spec: Spec, layout: Layout = ONE_DEVICE) -> Score:
     """A `Score` over the weights, which are fetched at the first call; compiled once a shape."""
     held: list[Weights] = []
 
     def score(ids: np.ndarray, targets: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> np.ndarray:
         if not held:
             held.append(weights())
-        return np.asarray(_score(held[0], spec, ids, targets, segments, positions))
+        batch, program = (ids, targets, segments, positions), _score(spec, layout)
+        if layout.single:
+            return np.asarray(program(held[0], *batch))
+        wide = [_whole_parts(array, layout) for array in batch]
+        rows, columns = wide[0].shape
+        found = program(held[0], *[layout.place(array, rows, slice(0, rows)) for array in wide])
+        natural = np.argsort(zigzag(columns, layout.sizes.context))
+        return np.asarray(found)[: ids.shape[0], natural[: ids.shape[1]]]
 
     return score
+
+
+def _whole_parts(array: np.ndarray, layout: Layout) -> np.ndarray:
+    """With rows and columns added so that every device has as many; what comes after a row changes nothing in it."""
+    across = 2 * layout.sizes.context if layout.sizes.context > 1 else 1
+    rows = -array.shape[0] % (layout.sizes.replica * layout.sizes.fsdp)
+    return np.pad(array, ((0, rows), (0, -array.shape[1] % across)))
 
 
 @dataclass(frozen=True)
@@ -54,10 +84,17 @@ class LoopEvaluation:
     tokens: int
 
 
-def evaluate(weights: Weights, spec: Spec, held_out: Sample, length: int, byte_lengths: np.ndarray) -> LoopEvaluation:
+def evaluate(
+    weights: Weights,
+    spec: Spec,
+    held_out: Sample,
+    length: int,
+    byte_lengths: np.ndarray,
+    layout: Layout = ONE_DEVICE,
+) -> LoopEvaluation:
     """Loss over windows of `length` tokens of the held-out documents, one beside the other; and by position, as far
     as documents are long enough for it."""
-    score = scorer(lambda: weights, spec)
+    score = scorer(lambda: weights, spec, layout)
     whole = strided_loss(score, held_out.ids, length, length, byte_lengths)
     by_position = loss_by_position(score, held_out.ids, length)
     bins = zip(position_bins(length), by_position.loss.sum(axis=0), by_position.tokens.sum(axis=0), strict=True)
@@ -74,12 +111,19 @@ def loop_tokens(evaluation_tokens: int, length: int) -> int:
     return max(evaluation_tokens // _LOOP_SHARE, 4 * length)
 
 
-def write_sample(weights: Weights, spec: Spec, tokenizer: Tokenizer, document: HeldOut, seed: int) -> tuple[str, str]:
+def write_sample(
+    weights: Weights,
+    spec: Spec,
+    tokenizer: Tokenizer,
+    document: HeldOut,
+    seed: int,
+    layout: Layout = ONE_DEVICE,
+) -> tuple[str, str]:
     """A held-out document's first words, and what the model makes of them (temperature 0.8, seeded)."""
     prompt = document.ids[: 1 + _PROMPT_TOKENS].tolist()
 
     def next_logits(ids: np.ndarray, length: int) -> np.ndarray:
-        return np.asarray(_next(weights, spec, jnp.asarray(ids), jnp.int32(length)))
+        return np.asarray(_next(spec, layout)(weights, np.asarray(ids), np.int32(length)))
 
     new = sample(
         next_logits,

@@ -7,7 +7,6 @@ import time
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from xgen.checkpoints.manifest import Checkpoint
@@ -22,7 +21,8 @@ from xgen.training.hardware import memory_limit, peak_flops
 from xgen.training.run import Clock, Run
 from xgen.training.schedule import learning_rate
 from xgen.training.signals import Signals
-from xgen.training.step import Metrics, State, StepFunction, Tokens, compile_step, mean_loss_by_position
+from xgen.training.state import State, abstract_state, move
+from xgen.training.step import Metrics, StepFunction, Tokens, compile_step, mean_loss_by_position
 
 _NAMED_DOCUMENTS = 12
 
@@ -46,7 +46,7 @@ def train(run: Run, state: State, clock: Clock, display: Display, signals: Signa
     if clock.tokens >= run.recipe.total_tokens:
         return state
     remaining = range(run.recipe.stage_at(clock.tokens), len(run.recipe.stages))
-    programs = {index: compile_stage(run, index, state) for index in remaining}
+    programs = {index: compile_stage(run, index) for index in remaining}
     session = _Session(run, clock, display, signals)
     with signals.deferred():
         for index in remaining:
@@ -55,11 +55,12 @@ def train(run: Run, state: State, clock: Clock, display: Display, signals: Signa
     return state
 
 
-def compile_stage(run: Run, index: int, state: State) -> tuple[StepFunction, float]:
+def compile_stage(run: Run, index: int) -> tuple[StepFunction, float]:
     """The stage's compiled step and the seconds it took. Raises RecipeError when it cannot fit in memory."""
-    stage = run.recipe.stages[index]
+    stage, layout = run.recipe.stages[index], run.layouts[index]
     begin = time.perf_counter()
-    compiled = compile_step(run.spec, stage, run.recipe.optimizer, run.transformation, state)
+    state = abstract_state(run.spec, run.transformation, layout)
+    compiled = compile_step(run.spec, stage, run.recipe.optimizer, run.transformation, state, layout)
     memory = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
     if needed > memory_limit():
@@ -79,6 +80,7 @@ class _Session:
         self.saver = Saver(run.folder / CHECKPOINTS, run.recipe.checkpoints, self._saved)
         longest = max(run.recipe.evaluation.contexts)
         self.held_out = run.held_out(loop_tokens(run.recipe.evaluation.tokens, longest))
+        self._layout = run.layout_at(clock.tokens)
         self._peak = peak_flops()
 
     def stage(self, index: int, step: StepFunction, compile_seconds: float, state: State) -> State:
@@ -88,8 +90,11 @@ class _Session:
         if self.clock.tokens == self.run.recipe.stage_start(index):
             facts = {"stage": stage.name, "length": stage.length, "stage_tokens": stage.spent}
             self._event("stage_started", compile_seconds=compile_seconds, **facts)
+        if self._layout != self.run.layouts[index]:
+            self._layout = self.run.layouts[index]
+            state = move(state, self.run.spec, self._layout)
         positions = range(self.clock.tokens, end, stage.batch_tokens)
-        for batch in prefetch(self.run.reader, positions):
+        for batch in prefetch(self.run.reader, positions, rows=self._layout.rows(stage.sequences)):
             state = self._step(step, state, batch)
             self._after_step(state, stage.name, stage.length, ends=self.clock.tokens == end)
         return state
@@ -99,8 +104,10 @@ class _Session:
         stage = self.run.recipe.stages[batch.stage]
         begin = time.perf_counter()
         rate = learning_rate(self.run.recipe, batch.position + stage.batch_tokens)
-        tokens = Tokens(*map(jnp.asarray, (batch.ids, batch.targets, batch.segments, batch.positions)))
-        state, metrics = step(state, tokens, np.float32(rate))
+        rows = self._layout.rows(stage.sequences)
+        arrays = (batch.ids, batch.targets, batch.segments, batch.positions)
+        tokens = Tokens(*[self._layout.place(array, stage.sequences, rows) for array in arrays])
+        state, metrics = step(state, tokens, self._layout.constant(np.float32(rate)))
         metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - begin
         if not metrics.finite:
@@ -148,7 +155,9 @@ class _Session:
         if self.held_out is None:
             return
         begin = time.perf_counter()
-        found = evaluate(state.weights, self.run.spec, self.held_out, length, self.run.tokenizer.byte_lengths)
+        found = evaluate(
+            state.weights, self.run.spec, self.held_out, length, self.run.tokenizer.byte_lengths, self._layout
+        )
         if not math.isfinite(found.loss):
             raise NonFiniteError(
                 f"held-out loss after step {self.clock.step} ({self.clock.tokens:,} tokens) is {found.loss}: the "
@@ -159,7 +168,9 @@ class _Session:
         seconds = time.perf_counter() - begin
         self._event("evaluation", length=length, held_out_tokens=found.tokens, **facts, seconds=seconds)
         for document in self.held_out.documents[: self.run.recipe.evaluation.samples]:
-            prompt, text = write_sample(state.weights, self.run.spec, self.run.tokenizer, document, self.clock.tokens)
+            prompt, text = write_sample(
+                state.weights, self.run.spec, self.run.tokenizer, document, self.clock.tokens, self._layout
+            )
             self._event("sample", prompt=prompt, text=text, document=document.name)
 
     def _stop_non_finite(self, state: State, batch: Batch, metrics: Metrics) -> None:
@@ -188,7 +199,7 @@ class _Session:
     def _utilisation(self, tokens_per_second: float, length: int) -> float | None:
         if self._peak is None:
             return None
-        return tokens_per_second * flops_per_token(self.run.spec, length) / self._peak
+        return tokens_per_second * flops_per_token(self.run.spec, length) / (self._peak * self._layout.sizes.devices)
 
 
 def _due(tokens: int, batch: int, every: int) -> bool:

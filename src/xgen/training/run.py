@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,10 @@ from xgen.data.reader import Reader
 from xgen.data.store import Store, is_store
 from xgen.errors import CheckpointError, DataError, RecipeError, StorageError
 from xgen.measure import Sample, sample_documents
-from xgen.model import Spec, initialise
+from xgen.model import Spec
+from xgen.parallel.mesh import sizes
+from xgen.parallel.program import Layout
+from xgen.parallel.rules import require_even
 from xgen.recipe.base import START
 from xgen.recipe.load import changed_keys, dump_toml
 from xgen.recipe.schema import Recipe
@@ -40,7 +44,7 @@ from xgen.training.folder import (
     write_json,
 )
 from xgen.training.start import Opened, Start, read_start, start_json
-from xgen.training.step import State
+from xgen.training.state import State, move, new_state, new_weights
 
 SOURCES = "sources.json"
 """Beside the recipe: the fingerprint of each source's store, so that a resumed run meets the same text."""
@@ -48,8 +52,12 @@ SOURCES = "sources.json"
 # What a run writes before its first step.
 _OWN = {RECIPE, SOURCES, START_FILE, "tokenizer.json", STORES, METRICS, EVENTS, CHECKPOINTS, "report.html"}
 
-# What may change when a run is resumed: nothing that decides a batch, a weight or the schedule.
-_CHANGEABLE = ("name", "description", "notes.", "checkpoints.", "evaluation.")
+# What may change when a run is resumed: nothing that decides a batch, a weight or the schedule. On another mesh, or in
+# other microbatches, the same sums are taken in another order.
+_CHANGEABLE = re.compile(
+    r"name|description|notes\..*|checkpoints\..*|evaluation\..*|mesh\..*"
+    r"|stages\.\d+\.(mesh\..*|mesh|microbatch_tokens|remat)|compute\.exchange"
+)
 
 Progress = Callable[[str, float], None]
 
@@ -66,8 +74,14 @@ class Run:
     spec: Spec
     transformation: optax.GradientTransformation
     recorder: Recorder
+    layouts: tuple[Layout, ...]
+    """Each stage's mesh."""
     start: Start | None = None
     """The model that the run continues."""
+
+    def layout_at(self, tokens: int) -> Layout:
+        """The mesh of the stage that the clock stands in, or has ended."""
+        return self.layouts[self.recipe.stage_at(min(tokens, self.recipe.total_tokens - 1))]
 
     def held_out(self, tokens: int) -> Sample | None:
         """About `tokens` held-out tokens of documents long enough for the largest context; None without any."""
@@ -106,7 +120,7 @@ def create(
             f"{folder} holds other files ({named}), and a run needs a folder of its own; choose a new one "
             "(texts to train on go to --data)"
         )
-    check_devices(recipe)
+    layouts_of(recipe)
     if opened is not None:
         _check_tokenizer(recipe, base, opened)
     claim_folder(folder)
@@ -178,13 +192,14 @@ def reopen(recipe: Recipe, folder: Path) -> Run:
     """Open the run in `folder` again. `recipe`: its own, or one that differs in checkpoints and evaluation only."""
     from xgen.recipe.load import load_recipe
 
-    changed = [key for key in changed_keys(load_recipe(folder).recipe, recipe) if not key.startswith(_CHANGEABLE)]
+    changed = [key for key in changed_keys(load_recipe(folder).recipe, recipe) if not _CHANGEABLE.fullmatch(key)]
     if changed:
         raise RecipeError(
             f"{folder} cannot be resumed with another {', '.join(changed)}: the weights, batches and schedule so far "
-            f"depend on it; only checkpoints.* and evaluation.* may change. Start a new run instead"
+            f"depend on it; only checkpoints.*, evaluation.*, meshes, microbatch_tokens and remat may change. Start a "
+            "new run instead"
         )
-    check_devices(recipe)
+    layouts_of(recipe)
     stores, tokenizer = reopen_sources(recipe, folder, folder / STORES)
     _check_sources(folder, stores)
     run = replace(_assemble(recipe, folder, stores, tokenizer), start=read_start(folder))
@@ -196,9 +211,13 @@ def first_state(run: Run) -> State:
     """Freshly drawn weights, the seed being the data's, or those of the model that is continued; and an empty
     optimizer state."""
     if run.start is not None:
-        return read_state(run.folder / CHECKPOINTS / folder_name(0), run.spec, run.transformation)
-    weights = initialise(run.spec, run.recipe.data.seed)
-    return State(weights, run.transformation.init(weights))
+        return _read(run, run.folder / CHECKPOINTS / folder_name(0), 0)
+    layout = run.layouts[0]
+    return new_state(new_weights(run.spec, run.recipe.data.seed, layout), run.spec, run.transformation, layout)
+
+
+def _read(run: Run, path: Path, tokens: int) -> State:
+    return move(read_state(path, run.spec, run.transformation), run.spec, run.layout_at(tokens))
 
 
 def too_short(run: Run) -> list[str]:
@@ -236,25 +255,18 @@ def restore(run: Run, report: Callable[[str], None]) -> tuple[State, Clock]:
             f"checkpoint {checkpoint.path} lies past the recipe's {run.recipe.total_tokens:,} tokens; "
             "it belongs to another run: choose its folder"
         )
-    state = read_state(checkpoint.path, run.spec, run.transformation)
+    state = _read(run, checkpoint.path, checkpoint.tokens)
     return state, Clock(checkpoint.tokens, checkpoint.step, run.recorder.cut_back(checkpoint.tokens))
 
 
-def check_devices(recipe: Recipe) -> None:
-    """One device is what this version trains on; a mesh that needs more is refused."""
-    for place, mesh in (("mesh", recipe.mesh), *((f"stages.{i}.mesh", s.mesh) for i, s in enumerate(recipe.stages))):
-        sizes = {axis: size for axis, size in mesh.model_dump().items() if size not in (1, "rest")}
-        if sizes:
-            needed = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-            raise RecipeError(
-                f"{place}: {needed} needs more than one device, and training over several devices is not built yet; "
-                'set these axes to 1 (or "rest")'
-            )
-    if jax.device_count() > 1:
-        raise RecipeError(
-            f"{jax.device_count()} devices are visible, and training over several devices is not built yet; "
-            "show JAX one (for example CUDA_VISIBLE_DEVICES=0)"
-        )
+def layouts_of(recipe: Recipe) -> tuple[Layout, ...]:
+    """Each stage's mesh on the devices there are. Raises RecipeError when one does not fit them, or cuts unevenly."""
+    found = []
+    for index, stage in enumerate(recipe.stages):
+        mesh = sizes(stage.mesh, jax.device_count(), f"stages.{index}.mesh")
+        require_even(recipe.model, stage, mesh, f"stages.{index}")
+        found.append(Layout(mesh))
+    return tuple(found)
 
 
 def _assemble(recipe: Recipe, folder: Path, stores: Mapping[str, Store], tokenizer: Tokenizer) -> Run:
@@ -268,6 +280,7 @@ def _assemble(recipe: Recipe, folder: Path, stores: Mapping[str, Store], tokeniz
         spec=Spec.of(recipe, tokenizer.size),
         transformation=optimizer.build(recipe.optimizer),
         recorder=Recorder(folder),
+        layouts=layouts_of(recipe),
     )
     run.held_out(recipe.evaluation.tokens)  # what the measurement at the end cannot do is said before the first step
     return run

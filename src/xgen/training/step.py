@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -11,20 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
 from jaxtyping import Array, Bool, Float, Int
 
 from xgen.model import Spec, Weights, objective
+from xgen.model.split import total
+from xgen.parallel.program import EVERYWHERE, ONE_DEVICE, Layout, whole_gradients
+from xgen.parallel.rules import TOKENS, weight_partitions
 from xgen.recipe.schema import Optimizer, Stage
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """What a step changes: float32 master weights and the optimizer's state."""
-
-    weights: Weights
-    optimizer: optax.OptState
+from xgen.training.state import State
 
 
 class Tokens(NamedTuple):
@@ -62,7 +58,12 @@ def position_bins(length: int) -> int:
 
 
 def compile_step(
-    spec: Spec, stage: Stage, optimizer: Optimizer, transformation: optax.GradientTransformation, state: State
+    spec: Spec,
+    stage: Stage,
+    optimizer: Optimizer,
+    transformation: optax.GradientTransformation,
+    state: State,
+    layout: Layout = ONE_DEVICE,
 ) -> Compiled:
     """The stage's step, compiled ahead of time for states like `state`; call it as a `StepFunction`.
 
@@ -71,10 +72,14 @@ def compile_step(
     The batch is cut into microbatches whose float32 gradients are added; each token counts once over the tokens of the
     whole batch. When the loss, the gradient, the update or the weights after it are not finite, the state
     comes back as it was.
+
+    On a mesh every device computes the gradient of its own tokens, for the parts of the weights that it stores; what
+    follows is a sum or a change of each element, of which the compiler sees to the rest.
     """
+    gradients_of = _spread_gradients(spec, stage, optimizer.z_loss, layout)
 
     def step(state: State, batch: Tokens, rate: Float[Array, ""]) -> tuple[State, Metrics]:
-        loss, gradients, per_token = _gradients(state.weights, spec, stage, optimizer.z_loss, batch)
+        loss, gradients, per_token = gradients_of(state.weights, batch)
         grad_norm = optax.tree.norm(gradients)
         direction, optimizer_state = transformation.update(gradients, state.optimizer, state.weights)
         updates = jax.tree.map(lambda change: -rate * change, direction)
@@ -85,18 +90,46 @@ def compile_step(
         bins = _by_position(per_token, batch.positions, position_bins(stage.length))
         return kept, Metrics(per_token.mean(), grad_norm, update_norm, param_norm, finite, *bins)
 
-    tokens = jax.ShapeDtypeStruct((stage.sequences, stage.length), np.int32)
-    rate = jax.ShapeDtypeStruct((), np.float32)
+    tokens = jax.ShapeDtypeStruct((stage.sequences, stage.length), np.int32, sharding=_unless_single(layout, TOKENS))
+    rate = jax.ShapeDtypeStruct((), np.float32, sharding=_unless_single(layout, EVERYWHERE))
     batch = Tokens(*[tokens] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
-    return jax.jit(step, donate_argnums=0).lower(state, batch, rate).compile()
+    compiled = jax.jit(step, donate_argnums=0)
+    if not layout.single:
+        metrics = Metrics(*[layout.sharding(EVERYWHERE)] * len(Metrics._fields))  # type: ignore[arg-type]
+        kept = jax.tree.map(lambda leaf: leaf.sharding, state)
+        compiled = jax.jit(step, donate_argnums=0, out_shardings=(kept, metrics))
+    return compiled.lower(state, batch, rate).compile()
+
+
+def _unless_single(layout: Layout, partition: PartitionSpec) -> NamedSharding | None:
+    return None if layout.single else layout.sharding(partition)
+
+
+def _spread_gradients(
+    spec: Spec, stage: Stage, z_loss: float, layout: Layout
+) -> Callable[[Weights, Tokens], tuple[Float[Array, ""], Weights, Float[Array, "N S"]]]:
+    """`_gradients` of whole arrays."""
+    if layout.single:
+        return lambda weights, batch: _gradients(weights, spec, stage, z_loss, batch)
+    local = layout.spec(spec)
+    split = local.split
+
+    def part(weights: Weights, batch: Tokens) -> tuple[Array, Weights, Array]:
+        loss, gradients, per_token = _gradients(weights, local, stage, z_loss, batch)
+        data = tuple(dict.fromkeys((*split.batch, *split.context)))
+        return total(loss, data), whole_gradients(gradients, split), per_token
+
+    weights = weight_partitions(spec)
+    return layout.spread(part, (weights, Tokens(*[TOKENS] * 4)), (EVERYWHERE, weights, TOKENS))  # type: ignore[arg-type]
 
 
 def _gradients(
     weights: Weights, spec: Spec, stage: Stage, z_loss: float, batch: Tokens
 ) -> tuple[Float[Array, ""], Weights, Float[Array, "N S"]]:
-    """Objective, its float32 gradient, and each token's nll, over all microbatches."""
+    """Objective, its float32 gradient, and each token's nll, over all microbatches; on a mesh, of one device's part of
+    the batch."""
     graded = jax.value_and_grad(objective, has_aux=True)
-    part = partial(graded, token_weight=1 / batch.ids.size, z_loss=z_loss, remat=stage.remat)
+    part = partial(graded, token_weight=1 / stage.batch_tokens, z_loss=z_loss, remat=stage.remat)
     count = stage.batch_tokens // stage.microbatch_tokens
     if count == 1:
         (loss, per_token), gradients = part(weights, spec, *batch)
