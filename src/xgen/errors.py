@@ -39,6 +39,16 @@ class StoppedBySignal(XgenError):  # noqa: N818 - it says what happened; nothing
     exit_code = 75
 
 
+class ProcessesError(XgenError):
+    """The processes of a run did not find each other at the start, or were not started alike."""
+
+
+class StoppedByPeer(XgenError):  # noqa: N818 - it says what happened; this process did nothing wrong
+    """Another process of the run died, hung or failed, so that this one cannot go on."""
+
+    exit_code = 76
+
+
 class StorageError(XgenError):
     """A file could not be written, for want of space or permission; what was there before is whole."""
 

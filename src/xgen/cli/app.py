@@ -64,10 +64,18 @@ def main() -> None:
         if _DEBUG in sys.argv:
             traceback.print_exc()
         typer.echo(f"error: {error}", err=True)
-        if isinstance(error, StoppedBySignal):
+        if isinstance(error, StoppedBySignal) or _among_others():
+            # Whoever sends a second signal does not wait for a checkpoint being written; and JAX, on its way out,
+            # would wait for processes that are gone.
             sys.stdout.flush()
-            os._exit(error.exit_code)  # whoever sends a second signal does not wait for a checkpoint being written
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
+
+
+def _among_others() -> bool:
+    """Whether this is one of several processes. Asked after any error, so it does not load JAX."""
+    jax = sys.modules.get("jax")
+    return jax is not None and bool(jax.distributed.is_initialized())
 
 
 def _unraisable(found: sys.UnraisableHookArgs) -> None:
