@@ -16,9 +16,9 @@ import pytest
 from small_models import SCALINGS, batch_of, exact, quick_jit, relative_error, spec_of, weights_of
 
 from xgen.model import as_dict, forward, logits, nll, objective
-from xgen.model import attention as attention_module
 from xgen.model import loss as loss_module
 from xgen.model.attention import attention
+from xgen.model.attention import tiles as attention_module
 from xgen.model.layers import mlp, norm
 from xgen.model.split import ONE
 from xgen.model.linear import project

@@ -8,6 +8,7 @@ from small_models import SCALINGS, VARIANTS, batch_of, quick_jit, spec_of, weigh
 
 from xgen.model import attention as attention_module
 from xgen.model import last_logits, logits, rope
+from xgen.model.attention import tiles
 
 ROWS = [[9, 1, 23, 4], [5, 5, 17, 10]]
 """Documents of each row: a short one, one of a single token, and one across the blocks of 24."""
@@ -34,7 +35,7 @@ def leaks(spec, segments=None) -> list[tuple[int, int]]:
 
 @pytest.fixture(autouse=True)
 def _several_blocks(monkeypatch):
-    monkeypatch.setattr(attention_module, "BLOCK", 24)
+    monkeypatch.setattr(tiles, "BLOCK", 24)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
@@ -74,7 +75,7 @@ def full(query_places, key_places, _, __):
 
 @pytest.mark.parametrize("mask", [causal_only, documents_only, full])
 def test_the_probe_detects_a_broken_mask(monkeypatch, mask):
-    monkeypatch.setattr(attention_module, "_visible", mask)
+    monkeypatch.setattr(tiles, "_visible", mask)
     found = leaks(spec_of(attention="blockwise"))
     backwards, across = any(b < a for a, b in found), any(b > a for a, b in found)
     assert backwards == (mask is not causal_only)
