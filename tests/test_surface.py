@@ -20,7 +20,7 @@ RECIPE_KEYS = """
     stages.N.name stages.N.length stages.N.tokens stages.N.batch_tokens stages.N.microbatch_tokens
     stages.N.mixture stages.N.remat
     stages.N.mesh.replica stages.N.mesh.fsdp stages.N.mesh.context stages.N.mesh.tensor
-    compute.precision compute.attention
+    compute.precision compute.attention compute.exchange
     checkpoints.every checkpoints.keep_last checkpoints.keep_every
     evaluation.every evaluation.tokens evaluation.contexts evaluation.target evaluation.stride evaluation.samples
     mesh.replica mesh.fsdp mesh.context mesh.tensor
