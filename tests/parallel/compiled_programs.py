@@ -47,8 +47,19 @@ EXPECTED = {
     "all_reduce": Expected(0, (("all-reduce", 4, 1, PART),)),
     "all_to_all": Expected(0, (("all-to-all", 4, 1, PART),)),
     "permute": Expected(0, (("collective-permute", 8, 1, PART),)),
+    # A step over layers whose weights lie in eight parts: forward, again, and two products backward; gathered forward
+    # and again backward, their gradients scattered.
+    "sharded": Expected(
+        4 * 3 * 2 * 1024**3,
+        (("all-gather", 8, 2 * 3, 2 * 3 * 4 * 1024**2), ("reduce-scatter", 8, 3, 3 * 4 * 1024**2)),
+    ),
     "reduced_in_loop": Expected(0, (("all-reduce", 2, 6, 6 * PART),)),
 }
+
+# TPU's compiler rounds to bfloat16 before it gathers what its matrix unit multiplies in bfloat16.
+_SHARDED = EXPECTED["sharded"]
+_GATHERED = ("all-gather", 8, 2 * 3, 2 * 3 * 2 * 1024**2)
+EXPECTED_TPU = EXPECTED | {"sharded": Expected(_SHARDED.flops, (_GATHERED, _SHARDED.exchanges[1]))}
 
 
 def programs(devices: list[Any]) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -79,12 +90,19 @@ def programs(devices: list[Any]) -> dict[str, tuple[Callable[..., Any], tuple[An
     def spread(body: Callable[[Any], Any], before: Any, after: Any) -> Callable[[Any], Any]:
         return jax.shard_map(body, mesh=mesh, in_specs=before, out_specs=after, check_vma=False)
 
+    def sharded(ws: Any, x: Any) -> Any:
+        def turn(c: Any, w: Any) -> tuple[Any, None]:
+            return layer(c, lax.all_gather(w, ("a", "b"), tiled=True)), None
+
+        return jnp.sum(lax.scan(jax.checkpoint(turn), x, ws)[0])
+
     x, w, ws = array(ROWS, WIDTH), array(WIDTH, WIDTH), array(LAYERS, WIDTH, WIDTH)
     split, whole = P("b", None), P(None, None)
     part, every = (
         array(ROWS, WIDTH, place=NamedSharding(mesh, split)),
         array(ROWS, WIDTH, place=NamedSharding(mesh, whole)),
     )
+    stored, rows = P(None, ("a", "b"), None), P(("a", "b"), None)
     ring = [(i, (i + 1) % 4) for i in range(4)]
     return {
         "scan": (scan, (x, ws)),
@@ -115,6 +133,13 @@ def programs(devices: list[Any]) -> dict[str, tuple[Callable[..., Any], tuple[An
         "all_reduce": (spread(lambda x: lax.psum(x, "b"), split, whole), (part,)),
         "all_to_all": (spread(lambda x: lax.all_to_all(x, "b", 1, 0, tiled=True), split, split), (part,)),
         "permute": (spread(lambda x: lax.ppermute(x, "b", ring), split, split), (part,)),
+        "sharded": (
+            jax.shard_map(jax.grad(sharded), mesh=mesh, in_specs=(stored, rows), out_specs=stored, check_vma=False),
+            (
+                array(3, 1024, 1024, place=NamedSharding(mesh, stored)),
+                array(8 * 1024, 1024, place=NamedSharding(mesh, rows)),
+            ),
+        ),
         "reduced_in_loop": (
             spread(lambda x: lax.fori_loop(0, 6, lambda _, c: jnp.sin(lax.psum(c, "a")), x), split, split),
             (part,),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled_programs import EXPECTED, Expected
+from compiled_programs import EXPECTED, EXPECTED_TPU, Expected
 
 from xgen.parallel.hlo import HloError, Work, parse, read_work, splash
 from xgen.parallel.hlo.groups import read_groups
@@ -41,7 +41,8 @@ def on_tpu() -> Compiled:
 
 def agrees(work: Work, expected: Expected) -> None:
     assert work.flops == expected.flops
-    assert tuple((one.kind, one.size, one.count, one.bytes) for one in work.collectives) == expected.exchanges
+    found = {(one.kind, one.size, one.count, one.bytes) for one in work.collectives}
+    assert found == set(expected.exchanges)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -50,9 +51,9 @@ def test_closed_forms_on_the_cpu(on_cpu: Compiled, name: str) -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", EXPECTED_TPU)
 def test_closed_forms_from_the_tpu_compiler(on_tpu: Compiled, name: str) -> None:
-    agrees(read_work(on_tpu[name]["text"]), EXPECTED[name])
+    agrees(read_work(on_tpu[name]["text"]), EXPECTED_TPU[name])
 
 
 @pytest.mark.parametrize("name", ["convolution", "batched", "all_gather", "reduce_scatter", "all_reduce", "permute"])
