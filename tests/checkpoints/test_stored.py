@@ -16,7 +16,7 @@ import safetensors.numpy
 from xgen.checkpoints import trees
 from xgen.checkpoints.manifest import Manifest, choose, damage, list_checkpoints, newest_whole, write_manifest
 from xgen.checkpoints.stored import PART_BYTES, Stored, open_stored, parts, read_whole
-from xgen.checkpoints.trees import load_tree, save_tree
+from xgen.checkpoints.trees import copied, join_tree, load_tree, save_tree
 from xgen.checkpoints.weights import stored_weights_sha256
 from xgen.errors import CheckpointError
 
@@ -34,11 +34,17 @@ def tree_of(seed: int = 0) -> dict[str, np.ndarray]:
     return {name: random.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
 
 
+def save(path: Path, tree: dict[str, np.ndarray]) -> None:
+    """As one process does."""
+    save_tree(path, copied(tree))
+    join_tree(path, tree)
+
+
 def checkpoint(path: Path, tree: dict[str, np.ndarray], storage: str, /, **facts) -> Path:
     """A whole checkpoint of `tree`; safetensors files come from their own library."""
     path.mkdir(parents=True)
     if storage == "orbax":
-        save_tree(path / "weights", tree)
+        save(path / "weights", tree)
     else:
         (path / "weights").mkdir()
         for name, array in tree.items():
@@ -74,7 +80,7 @@ def test_each_part_and_the_whole_are_what_was_saved(
             np.testing.assert_array_equal(stored.read(index, index + 1)[0], array[index])
 
 
-def test_no_chunk_of_a_tree_is_larger_than_a_layer_or_64_mib(tmp_path: Path) -> None:
+def test_no_chunk_of_a_tree_is_larger_than_a_layer_or_8_mib(tmp_path: Path) -> None:
     """By the metadata of the array itself, read without our code; Orbax reads the tree back."""
     import tensorstore
 
@@ -84,7 +90,7 @@ def test_no_chunk_of_a_tree_is_larger_than_a_layer_or_64_mib(tmp_path: Path) -> 
         "embedding": np.ones((5000, 4096), np.float32),
         "count": np.zeros((), np.int32),
     }
-    save_tree(tmp_path / "tree", tree)
+    save(tmp_path / "tree", tree)
     [database] = (tmp_path / "tree").glob("*/manifest.ocdbt")
     chunks = {}
     for name in tree:

@@ -172,9 +172,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(micro: Micro, tmp_path: Path,
 
 
 def test_a_file_size_limit_is_one_line_and_loses_nothing(micro: Micro, tmp_path: Path) -> None:
-    """The same without any rights: no file may grow past 60 kB, so no checkpoint can be written."""
+    """The same without any rights: no file may grow past 30 kB, so no checkpoint can be written."""
     run = micro.copy(tmp_path / "run", tokens=3840)
-    limit = 60_000
+    limit = 30_000
     assert _largest(run / "checkpoints" / f"{3840:015d}").stat().st_size > limit
     patch = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
     done = run_process("train", "--resume", run, patch=patch)
@@ -187,7 +187,7 @@ def test_a_file_size_limit_is_one_line_and_loses_nothing(micro: Micro, tmp_path:
 def test_a_failed_save_stops_the_run_at_once(micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from xgen.training import checkpoints
 
-    def fail(path: Path, _: object) -> None:
+    def fail(path: Path, *_: object) -> None:
         raise StorageError(f"cannot write {path}: the cable is out")
 
     run = micro.copy(tmp_path / "run", tokens=3840)
@@ -212,7 +212,7 @@ def _state(seed: int):  # type: ignore[no-untyped-def]
     import optax
 
     from xgen.model import Spec, initialise
-    from xgen.training.step import State
+    from xgen.training.state import State
 
     recipe = load_recipe("tiny", ["model.layers=1", "model.hidden_size=8", "model.heads=2", "tokenizer.name=bpe:257"])
     weights = initialise(Spec.of(recipe.recipe, 257), seed)

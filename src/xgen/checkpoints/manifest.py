@@ -11,18 +11,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from xgen.checkpoints.world import ALONE, World, agree
 from xgen.errors import CheckpointError, StorageError
 from xgen.recipe.schema import Section
 
 PARTIAL = "partial-"
 """What the name of a checkpoint begins with while it is written or deleted."""
+
+SHARED = "several processes need a run folder on storage that all of them share"
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -62,6 +66,11 @@ class Checkpoint:
     stage: str
     bytes: int
 
+    @classmethod
+    def of(cls, path: Path, manifest: Manifest) -> Checkpoint:
+        size = sum(entry.bytes for entry in manifest.files.values())
+        return cls(path, manifest.tokens, manifest.step, manifest.stage, size)
+
     @property
     def label(self) -> str:
         return f"{self.stage or 'checkpoint'} at {self.tokens:,} tokens"
@@ -78,55 +87,82 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     for path in _numbered(folder):
         manifest = read_manifest(path)
         if manifest is not None:
-            size = sum(entry.bytes for entry in manifest.files.values())
-            found.append(Checkpoint(path, manifest.tokens, manifest.step, manifest.stage, size))
+            found.append(Checkpoint.of(path, manifest))
     return found
 
 
-def damage(path: Path, *, contents: bool = True) -> list[str]:
+def damage(path: Path, *, contents: bool = True, world: World = ALONE) -> list[str]:
     """What is wrong with the checkpoint at `path`: every missing or altered file by name; [] when whole.
 
-    Without `contents` no file is read: whether each is there and has its size is all that is looked at.
+    Without `contents` no file is read: whether each is there and has its size is all that is looked at. All of `world`
+    call this together, share the files among them, and come to one answer.
     """
     manifest = _inspect(path)
     if isinstance(manifest, str):
-        return [manifest]
-    wrong = []
-    for name, entry in manifest.files.items():
-        file = path / name
-        try:
-            if not file.is_file():
-                wrong.append(f"{file} is missing")
-            elif file.stat().st_size != entry.bytes:
-                wrong.append(f"{file} has {file.stat().st_size} bytes, {entry.bytes} were written")
-            elif contents and _sha256(file) != entry.sha256:
-                wrong.append(_altered(file))
-        except OSError as cause:
-            wrong.append(f"{file} cannot be read ({cause.strerror or cause})")
-    return wrong
+        wrong = [manifest]
+    else:
+        mine = _share(manifest.files, world) if contents else set(manifest.files)
+        faults = (
+            _fault(path / name, entry, contents=name in mine and contents) for name, entry in manifest.files.items()
+        )
+        wrong = [fault for fault in faults if fault]
+    everyone = world.gather(f"damage {path.name}", wrong)
+    return list(dict.fromkeys(fault for said in everyone for fault in said))
+
+
+def _share(files: Mapping[str, File], world: World) -> set[str]:
+    """The files that this process reads: each is read by one, and all read about as many bytes."""
+    shares: list[set[str]] = [set() for _ in range(world.count)]
+    loads = [0] * world.count
+    for name, entry in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
+        least = loads.index(min(loads))
+        shares[least].add(name)
+        loads[least] += entry.bytes
+    return shares[world.index]
+
+
+def _fault(file: Path, entry: File, *, contents: bool) -> str | None:
+    try:
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != entry.bytes:
+            return f"{file} has {file.stat().st_size} bytes, {entry.bytes} were written"
+        return _altered(file) if contents and _sha256(file) != entry.sha256 else None
+    except OSError as cause:
+        return f"{file} cannot be read ({cause.strerror or cause})"
 
 
 def _altered(file: Path) -> str:
     return f"{file} has changed since it was written (SHA-256 differs)"
 
 
-def newest_whole(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest undamaged checkpoint. Each damaged newer one is reported by name and set aside as `NAME.damaged`."""
-    by_path = {checkpoint.path: checkpoint for checkpoint in list_checkpoints(folder)}
-    numbered = _numbered(folder)
+def newest_whole(folder: Path, report: Callable[[str], None], world: World = ALONE) -> Checkpoint | None:
+    """The newest undamaged checkpoint. Each damaged newer one is reported by name and set aside as `NAME.damaged`.
+
+    All of `world` call this together: process 0 says which there are and sets aside, and all report the same.
+    """
+    there = world.gather("checkpoints", [path.name for path in _numbered(folder)])[0]
+    numbered = [folder / name for name in there]
     for path in reversed(numbered):
-        wrong = damage(path)
-        if not wrong:
-            return by_path[path]
+        wrong = damage(path, world=world)
+        manifest = read_manifest(path)
+        if not wrong and manifest is not None:
+            return Checkpoint.of(path, manifest)
         aside = path.with_suffix(".damaged")
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-        except OSError as cause:
-            raise StorageError.writing(aside, cause) from cause
+        agree(world, "set aside", partial(_set_aside, path, aside, world))
         before = "the one before is used" if path != numbered[0] else "none is left: the run begins from the start"
         report(f"checkpoint {path} is damaged: {'; '.join(wrong)}; set aside as {aside.name}; {before}")
     return None
+
+
+def _set_aside(path: Path, aside: Path, world: World) -> None:
+    if world.index:
+        return
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    except OSError as cause:
+        raise StorageError.writing(aside, cause) from cause
 
 
 def split_model(model: str) -> tuple[str, str]:
@@ -165,9 +201,9 @@ def _numbered(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
 
 
-def require_whole(path: Path, *, contents: bool = True) -> Manifest:
+def require_whole(path: Path, *, contents: bool = True, world: World = ALONE) -> Manifest:
     """The manifest of the checkpoint at `path`. Raises CheckpointError when `damage` finds any."""
-    wrong = damage(path, contents=contents)
+    wrong = damage(path, contents=contents, world=world)
     manifest = read_manifest(path)
     if wrong or manifest is None:
         raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(wrong)}; use another, or make it again")
@@ -199,15 +235,32 @@ def _inspect(path: Path) -> Manifest | str:
         return f"{file} is of a kind that this XGen does not know ({where}: {fault['input']!r:.40}); use a newer XGen"
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Finish the checkpoint in `folder`: a manifest of `facts` and of all files there, all of it on the disk."""
-    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    entries = {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()}
-    manifest = {"format": _FORMAT, **facts, "files": entries}
+def seal(folder: Path, files: Iterable[Path]) -> dict[str, File]:
+    """What the manifest tells of `files` in `folder`, by their names in it; all of them on the disk."""
+    entries = {}
+    for file in files:
+        entries[str(file.relative_to(folder))] = File(bytes=file.stat().st_size, sha256=_sha256(file))
+        sync(file)
+    return entries
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], sealed: Mapping[str, File] | None = None) -> None:
+    """Finish the checkpoint in `folder`: a manifest of `facts` and of all files there, all of it on the disk.
+
+    Those in `sealed` are as the processes that wrote them say. Raises StorageError when one of these is not there.
+    """
+    known = dict(sealed or {})
+    unseen = sorted(name for name in known if not (folder / name).is_file())
+    if unseen:
+        raise StorageError(f"{folder / unseen[0]} is not seen by the process that finishes the checkpoint; {SHARED}")
+    others = [
+        file for file in sorted(folder.rglob("*")) if file.is_file() and str(file.relative_to(folder)) not in known
+    ]
+    files = {name: entry.model_dump() for name, entry in sorted({**known, **seal(folder, others)}.items())}
+    manifest = {"format": _FORMAT, **facts, "files": files}
     text = json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1)
     (folder / _MANIFEST).write_text(text, encoding="utf-8")
-    folders = [place for place in folder.rglob("*") if place.is_dir()]
-    for place in (*files.values(), folder / _MANIFEST, *folders, folder):
+    for place in (folder / _MANIFEST, *(place for place in folder.rglob("*") if place.is_dir()), folder):
         sync(place)
 
 

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from xgen.checkpoints.manifest import Manifest, require_whole
-from xgen.checkpoints.stored import open_stored, parts, read_whole
-from xgen.checkpoints.trees import load_tree
-from xgen.model import Spec, Weights, abstract, as_dict, from_dict
+from xgen.checkpoints.stored import open_stored, parts, placed, read_parts
+from xgen.checkpoints.world import ALONE, World, agree
+from xgen.model import Spec, Weights, as_dict, from_dict
 
 
 def require_fit(manifest: Manifest, spec: Spec) -> None:
@@ -21,17 +20,23 @@ def require_fit(manifest: Manifest, spec: Spec) -> None:
     from_dict({name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in manifest.shapes.items()}, spec)
 
 
-def read_weights(path: Path, spec: Spec) -> Weights:
-    """The weights of the checkpoint at `path` in float32, checked.
+def read_weights(path: Path, spec: Spec, shardings: Weights | None = None, world: World = ALONE) -> Weights:
+    """The weights of the checkpoint at `path` in float32, checked, on this process's first device.
 
-    Raises CheckpointError when they are damaged or of another shape.
+    With `shardings` (a tree of them, shaped as the weights) every process reads what its devices hold of them, and no
+    more; all of `world` call this together. Raises CheckpointError when they are damaged or of another shape.
     """
-    manifest = require_whole(path)
+    manifest = require_whole(path, world=world)
     require_fit(manifest, spec)
-    if manifest.storage == "orbax":
-        return from_dict(load_tree(path / "weights", as_dict(abstract(spec))), spec)
-    stored = open_stored(path, manifest)
-    return from_dict({name: jnp.asarray(read_whole(row, np.dtype(np.float32))) for name, row in stored.items()}, spec)
+    places = placed(as_dict(shardings) if shardings is not None else None)
+    found: dict[str, jax.Array] = {}
+
+    def read() -> None:
+        for name, row in open_stored(path, manifest).items():
+            found[name] = read_parts(row, np.dtype(np.float32), places(name))
+
+    agree(world, f"read weights {path.name}", read)
+    return from_dict(found, spec)
 
 
 def weights_sha256(weights: Weights) -> str:

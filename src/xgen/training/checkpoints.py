@@ -1,13 +1,17 @@
 """Checkpoints of a run: saved in the background, whole or not at all, and read back for the next step.
 
-The weights and the optimizer's state are two trees of one checkpoint.
+The weights and the optimizer's state are two trees of one checkpoint. Every process copies and writes what its own
+devices hold; process 0 begins a checkpoint and finishes it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +20,98 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from xgen.checkpoints.local import DeviceParts, HostParts, extents, whole
 from xgen.checkpoints.manifest import (
     PARTIAL,
+    SHARED,
     Checkpoint,
+    File,
     folder_name,
     list_checkpoints,
     read_manifest,
+    seal,
     sync,
     write_manifest,
 )
-from xgen.checkpoints.trees import load_tree, save_tree
+from xgen.checkpoints.stored import placed
+from xgen.checkpoints.trees import copied, join_tree, load_tree, save_tree
 from xgen.checkpoints.weights import read_weights
+from xgen.checkpoints.world import ALONE, World, agree
+from xgen.convert.pieces import Source, pieces
 from xgen.errors import StorageError
-from xgen.model import Spec, as_dict
+from xgen.model import Spec, Weights, abstract, as_dict, from_dict
 from xgen.recipe.schema import Checkpoints
-from xgen.training.step import State
+from xgen.training.state import State
+
+Trees = Mapping[str, Mapping[str, HostParts]]
 
 
-def read_state(path: Path, spec: Spec, transformation: optax.GradientTransformation) -> State:
-    """Weights and optimizer state, ready for the next step."""
-    weights = read_weights(path, spec)
-    template = jax.eval_shape(transformation.init, weights)
-    leaves = load_tree(path / "optimizer", _named_leaves(template))
+def read_state(
+    path: Path,
+    spec: Spec,
+    transformation: optax.GradientTransformation,
+    shardings: State | None = None,
+    world: World = ALONE,
+) -> State:
+    """Weights and optimizer state, ready for the next step, on this process's first device.
+
+    With `shardings` (a tree of them, shaped as the state) every process reads what its devices hold, and no more,
+    whatever mesh wrote it; all of `world` call this together.
+    """
+    weights = read_weights(path, spec, shardings.weights if shardings is not None else None, world)
+    template = jax.eval_shape(transformation.init, abstract(spec))
+    places = _named_leaves(shardings.optimizer) if shardings is not None else None
+    leaves: dict[str, Array] = {}
+
+    def read() -> None:
+        leaves.update(load_tree(path / "optimizer", _named_leaves(template), places))
+
+    agree(world, f"read optimizer {path.name}", read)
     return State(weights, jax.tree.unflatten(jax.tree.structure(template), list(leaves.values())))
+
+
+def place_weights(
+    source: Source, shardings: Weights | None = None, progress: Callable[[float], None] | None = None
+) -> tuple[Weights, str]:
+    """All weights of `source` in float32, on the devices of `shardings` (a tree of them, shaped as the weights; this
+    process's first device), and their SHA-256 as `weights_sha256` gives it.
+
+    Every process reads the pieces one after another, and holds one of them beside the parts of its own devices.
+    """
+    spec, places = source.spec, placed(as_dict(shardings) if shardings is not None else None)
+    digest, found, done, count = hashlib.sha256(), {}, 0, len(list(pieces(spec)))
+    for row, of_row in groupby(pieces(spec), lambda piece: piece[0]):
+        shape = row.shape(spec)
+        digest.update(f"{row.name} {shape}\n".encode())
+        local = DeviceParts(shape, np.dtype(np.float32), places(row.name))
+        for _, layer in of_row:
+            piece = np.ascontiguousarray(source.read(row, layer), "<f4")
+            digest.update(piece.reshape(-1).data)
+            box = whole(shape) if layer is None else (slice(layer, layer + 1), *whole(shape)[1:])
+            local.put(box, piece.reshape(extents(box)))
+            done += 1
+            if progress is not None:
+                progress(done / count)
+        found[row.name] = local.array()
+    return from_dict(found, spec), digest.hexdigest()
 
 
 class Saver:
     """Writes checkpoints of one run in one background thread, and keeps those the policy names.
 
-    `saved` is called with each finished checkpoint, in the background thread.
+    Every process of `world` has one and calls `save` and `wait` at the same steps. `saved` is called with each finished
+    checkpoint on process 0, in the background thread.
     """
 
-    def __init__(self, folder: Path, policy: Checkpoints, saved: Callable[[Checkpoint], None]) -> None:
-        self._folder, self._policy, self._saved = folder, policy, saved
+    def __init__(
+        self, folder: Path, policy: Checkpoints, saved: Callable[[Checkpoint], None], world: World = ALONE
+    ) -> None:
+        self._folder, self._policy, self._saved, self._world = folder, policy, saved, world
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(PARTIAL + "*"):
-                shutil.rmtree(leftover)
-        except OSError as cause:
-            raise StorageError.writing(folder, cause) from cause
+        self._writer = world.index == 0
+        if self._writer:  # the others write nothing before process 0 has begun a checkpoint
+            _clean(folder)
 
     def save(self, state: State, tokens: int, step: int, stage: str) -> None:
         """Copy the state to the host, then write it in the background. A failure of an earlier save is raised here.
@@ -64,18 +119,19 @@ class Saver:
         One that is there stays: what follows from the tokens is the same, and at no moment is there none.
         """
         self.wait()
-        if read_manifest(self._folder / folder_name(tokens)) is not None:
+        if self._world.count == 1 and self._there(tokens):
             return
         trees = {"weights": as_dict(state.weights), "optimizer": _named_leaves(state.optimizer)}
-        # A real copy: the step that runs meanwhile reuses the device's buffers. `jax.tree.map` would sort the names.
-        host = {
-            tree: {name: np.array(leaf, copy=True) for name, leaf in named.items()} for tree, named in trees.items()
-        }
-        self._thread = threading.Thread(target=self._run, args=(host, tokens, step, stage), name="checkpoint")
+        # Not `jax.tree.map`, which would sort the names.
+        host = {name: copied(tree, writer=self._writer) for name, tree in trees.items()}
+        # A process that must end because another one died does not wait for it in this thread.
+        self._thread = threading.Thread(
+            target=self._run, args=(host, tokens, step, stage), name="checkpoint", daemon=self._world.count > 1
+        )
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises StorageError when the last write failed."""
+        """Until nothing is being written. Raises StorageError when the last write failed, on any process."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -87,23 +143,77 @@ class Saver:
         if failure is not None:
             raise failure
 
-    def _run(self, trees: Mapping[str, Mapping[str, np.ndarray]], tokens: int, step: int, stage: str) -> None:
-        path = self._folder / folder_name(tokens)
-        partial = self._folder / (PARTIAL + path.name)
+    @property
+    def failing(self) -> bool:
+        """Whether `check` would raise. All processes come to know it of one another, each in its own time: where they
+        must stop at the same step, they agree on this and then call `wait`."""
+        return self._failure is not None
+
+    def _there(self, tokens: int) -> bool:
+        return read_manifest(self._folder / folder_name(tokens)) is not None
+
+    def _run(self, trees: Trees, tokens: int, step: int, stage: str) -> None:
+        name, partial = f"checkpoint {tokens}", None
         try:
-            _write(partial, trees, {"tokens": tokens, "step": step, "stage": stage})
-            try:
-                shutil.rmtree(path, ignore_errors=True)  # what is left of one without a manifest
-                partial.rename(path)
-                sync(self._folder)
-                self._retire()
-            except OSError as cause:
-                raise StorageError.writing(path, cause) from cause
-            self._saved(next(c for c in list_checkpoints(self._folder) if c.path == path))
+            begun = agree(self._world, f"begin {name}", lambda: self._begin(tokens))[0]
+            if not begun:
+                return
+            partial = self._folder / begun
+            written = agree(self._world, f"write {name}", lambda: self._write(partial, trees))
+            facts = {"tokens": tokens, "step": step, "stage": stage}
+            sealed = {file: File.model_validate(told) for files in written for file, told in files.items()}
+            agree(self._world, f"finish {name}", lambda: self._finish(partial, trees, facts, sealed))
         # All of it: what ends a thread is lost with the thread. `check` raises it again where the run can stop.
         except BaseException as failure:  # noqa: BLE001
             self._failure = failure
-            shutil.rmtree(partial, ignore_errors=True)
+            if partial is not None and self._writer:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _begin(self, tokens: int) -> str:
+        """The name of the folder that all write into, new so that no process of a run that was killed and is not yet
+        dead writes into it; "" when the checkpoint is there. Process 0 decides."""
+        if not self._writer or self._there(tokens):
+            return ""
+        partial = self._folder / f"{PARTIAL}{folder_name(tokens)}-{secrets.token_hex(4)}"
+        try:
+            partial.mkdir(parents=True)
+        except OSError as cause:
+            raise StorageError.writing(partial, cause) from cause
+        return partial.name
+
+    def _write(self, partial: Path, trees: Trees) -> dict[str, Any]:
+        """Write this process's parts; what the manifest tells of its files."""
+        if not partial.is_dir():
+            raise StorageError(f"{partial}, which process 0 has made, is not seen by this one; {SHARED}")
+        files: list[Path] = []
+        try:
+            for name, tree in trees.items():
+                files += save_tree(partial / name, tree, self._world.index)
+            sealed = seal(partial, files)
+        except OSError as cause:
+            raise StorageError.writing(partial, cause) from cause
+        return {name: entry.model_dump() for name, entry in sealed.items()}
+
+    def _finish(self, partial: Path, trees: Trees, facts: dict[str, Any], sealed: Mapping[str, File]) -> None:
+        """Process 0 makes a checkpoint of what all have written."""
+        if not self._writer:
+            return
+        path = self._folder / folder_name(facts["tokens"])
+        try:
+            for name, tree in trees.items():
+                join_tree(partial / name, tree)
+            shapes = {name: list(parts.shape) for name, parts in trees["weights"].items()}
+            write_manifest(partial, {**facts, "shapes": shapes}, sealed)
+        except OSError as cause:
+            raise StorageError.writing(partial, cause) from cause
+        try:
+            shutil.rmtree(path, ignore_errors=True)  # what is left of one without a manifest
+            partial.rename(path)
+            sync(self._folder)
+            self._retire()
+        except OSError as cause:
+            raise StorageError.writing(path, cause) from cause
+        self._saved(next(c for c in list_checkpoints(self._folder) if c.path == path))
 
     def _retire(self) -> None:
         """Delete what the policy does not keep."""
@@ -117,16 +227,14 @@ class Saver:
             shutil.rmtree(doomed)
 
 
-def _write(partial: Path, trees: Mapping[str, Mapping[str, np.ndarray]], facts: dict[str, Any]) -> None:
+def _clean(folder: Path) -> None:
+    """Remove what a run that was killed had not finished."""
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, tree in trees.items():
-            save_tree(partial / name, tree)
-        shapes = {name: list(array.shape) for name, array in trees["weights"].items()}
-        write_manifest(partial, {**facts, "shapes": shapes})
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(PARTIAL + "*"):
+            shutil.rmtree(leftover)
     except OSError as cause:
-        raise StorageError.writing(partial, cause) from cause
+        raise StorageError.writing(folder, cause) from cause
 
 
 def _named_leaves(tree: object) -> dict[str, Array]:

@@ -13,6 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from xgen.checkpoints.world import ALONE, World, agree
 from xgen.errors import DataError, RecipeError, StorageError
 
 METRICS = "metrics.jsonl"
@@ -33,47 +34,66 @@ STEP_KEYS = (
 class Recorder:
     """Appends to a run's `metrics.jsonl` and `events.jsonl`; each line reaches the system when it is written.
 
-    One process at a time: raises RecipeError while another one has the run open. A kill frees it.
+    One process of `world` writes; the recorders of the others take the same calls and write nothing. One run at a
+    time: raises RecipeError while another one has the folder open. A kill frees it.
     """
 
-    def __init__(self, run: Path) -> None:
-        self._run = run
+    def __init__(self, run: Path, world: World = ALONE) -> None:
+        self._run, self._world = run, world
         self._lock = threading.Lock()  # checkpoints are recorded by the thread that writes them
-        self._claim = _claimed(run)
-        self._metrics, self._events = _append(run / METRICS), _append(run / EVENTS)
+        self._streams: dict[str, TextIOWrapper] = {}
+        self._claim: TextIOWrapper | None = None
+        if self.writes:
+            self._claim = _claimed(run)
+            self._open()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes what there is only one of."""
+        return self._world.index == 0
 
     def step(self, **line: object) -> None:
         """One step's line; `STEP_KEYS` lists its names."""
-        with self._lock:
-            _write_line(self._metrics, line)
+        self._write(METRICS, line)
 
     def event(self, kind: str, *, tokens: int, step: int, **facts: object) -> None:
         """One event, with the wall-clock time in seconds since 1970."""
-        with self._lock:
-            _write_line(self._events, {"kind": kind, "tokens": tokens, "step": step, "time": time.time(), **facts})
+        self._write(EVENTS, {"kind": kind, "tokens": tokens, "step": step, "time": time.time(), **facts})
 
     def sync(self) -> None:
         """Make what was written survive a power cut; done before a checkpoint that counts on it."""
-        for stream in (self._metrics, self._events):
+        for stream in self._streams.values():
             try:
                 os.fsync(stream.fileno())
             except OSError as cause:
                 raise StorageError.writing(Path(stream.name), cause) from cause
 
     def cut_back(self, tokens: int) -> float:
-        """Drop the lines past `tokens`, which the resumed run writes again. Returns the seconds of the steps kept."""
+        """Drop the lines past `tokens`, which the resumed run writes again. Returns the seconds of the steps kept, on
+        every process what the writer counted: all of them call this together."""
+        return agree(self._world, "cut back", lambda: self._cut_back(tokens) if self.writes else 0.0)[0]
+
+    def _cut_back(self, tokens: int) -> float:
         with self._lock:
-            self._metrics.close()
-            self._events.close()
+            for stream in self._streams.values():
+                stream.close()
             kept = [line for line in read_lines(self._run / METRICS) if line["tokens"] <= tokens]
             events = [line for line in read_lines(self._run / EVENTS) if not _comes_again(line, tokens)]
             replace_text(self._run / METRICS, "".join(_line(line) for line in kept))
             replace_text(self._run / EVENTS, "".join(_line(line) for line in events))
-            self._metrics, self._events = _append(self._run / METRICS), _append(self._run / EVENTS)
+            self._open()
         return float(sum(line["seconds"] for line in kept))
 
+    def _open(self) -> None:
+        self._streams = {name: _append(self._run / name) for name in (METRICS, EVENTS)}
+
+    def _write(self, name: str, line: dict[str, object]) -> None:
+        with self._lock:
+            if self.writes:
+                _write_line(self._streams[name], line)
+
     def close(self) -> None:
-        for stream in (self._metrics, self._events, self._claim):
+        for stream in (*self._streams.values(), *([self._claim] if self._claim is not None else [])):
             with suppress(OSError):  # a line that could not be written was an error when it was written
                 stream.close()
 
