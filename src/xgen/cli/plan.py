@@ -13,6 +13,16 @@ from xgen.errors import RecipeError
 _WHERE = "a slice of accelerators, as v4:8x8x8, v5e:16x16, 2*v5e:16x16 (two slices) or h100:64"
 
 
+Compiler = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Ask the real TPU compiler (pip install 'xgen[tpu]'), or keep to arithmetic. Left out: ask it when it is "
+        "installed.",
+    ),
+]
+
+
 def plan(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe (see `xgen recipe list`), a .toml file, or a run.")],
     overrides: Annotated[
@@ -22,14 +32,7 @@ def plan(
     start: Annotated[
         str | None, typer.Option("--from", metavar="MODEL", help="The model that `xgen train --from` would continue.")
     ] = None,
-    compiler: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="Ask the real TPU compiler (pip install 'xgen[tpu]'), or keep to arithmetic. Left out: ask it when it "
-            "is installed.",
-        ),
-    ] = None,
+    compiler: Compiler = None,
     utilisation: Annotated[float | None, typer.Option(help="Share of the chips' peak, in the model's FLOPs.")] = None,
     price: Annotated[float | None, typer.Option(help="Dollars a chip-hour.")] = None,
     power: Annotated[float | None, typer.Option(help="Watts a chip.")] = None,
@@ -56,18 +59,11 @@ def plan(
         raise RecipeError(f"say where: add --on SLICE, {_WHERE}")
     check_target(json)
     check_target(None if page is None else str(page))
-    found = make_plan(
-        recipe,
-        on=on,
-        overrides=overrides or (),
-        start=start,
-        compiler=compiler,
-        utilisation=utilisation,
-        price=price,
-        power=power,
-        pue=pue,
-        grid=grid,
-    )
+    assumed = {"utilisation": utilisation, "price": price, "power": power, "pue": pue, "grid": grid}
+    with Console(stderr=True).status("planning") as status:
+        found = make_plan(
+            recipe, on=on, overrides=overrides or (), start=start, compiler=compiler, report=status.update, **assumed
+        )
     write_json(found, json)
     if page is not None:
         write_page(found, page)

@@ -17,9 +17,6 @@ from xgen.recipe.schema import Recipe
 LARGEST = 8
 """Temporaries that a plan names."""
 
-BLOCK = 512
-"""Columns that the attention kernel computes at once."""
-
 _USED = re.compile(r"Used ([0-9.]+)([KMG]) of [0-9.]+[KMG] hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -29,13 +26,18 @@ def require_compiler(on: Slice) -> None:
     if not on.compiles:
         kinds = ", ".join(name for name, chip in CHIPS.items() if chip.topology is not None)
         raise RecipeError(f"--compile: no compiler for {on.kind} runs without one, only for {kinds}; leave it out")
+    if on.chips == 1:
+        raise RecipeError(f"--compile: {on.name} is a single chip, which is planned by arithmetic; leave it out")
     if not available():
         raise RecipeError("--compile: the TPU compiler is not installed; pip install 'xgen[tpu]', or leave it out")
 
 
 def the_compiler(on: Slice) -> CompileStage | None:
-    """The compiler of stages for `on`, or None where there is none; the plan says which it had."""
-    return compile_for_slice if on.compiles and available() else None
+    """The compiler of stages for `on`, or None where there is none; the plan says which it had.
+
+    On a single chip there is no mesh to compile for: such a program is always for the machine at hand.
+    """
+    return compile_for_slice if on.compiles and on.chips > 1 and available() else None
 
 
 def compile_for_slice(recipe: Recipe, index: int, sizes: Sizes, on: Slice) -> CompiledFacts | OutOfMemory:
@@ -62,9 +64,7 @@ def _compile(recipe: Recipe, index: int, sizes: Sizes, devices: tuple[Any, ...])
     from xgen.training.state import abstract_state
     from xgen.training.step import compile_step
 
-    attention = "splash" if recipe.compute.attention == "auto" else recipe.compute.attention
-    compute = recipe.compute.model_copy(update={"attention": attention})
-    spec, layout = Spec(recipe.model, recipe.model.vocab_size, compute), Layout(sizes, devices)
+    spec, layout = Spec(recipe.model, recipe.model.vocab_size, recipe.compute), Layout(sizes, devices)
     change = optimizer.build(recipe.optimizer)
     state = abstract_state(spec, change, layout)
     compiled = compile_step(spec, recipe.stages[index], recipe.optimizer, change, state, layout)
@@ -95,6 +95,8 @@ def _read(compiled: Any, seconds: float, recipe: Recipe, index: int, on: Slice, 
 
 def _visible(length: int) -> float:
     """Share of the square of queries and keys that the causal kernel computes: whole blocks up to the diagonal."""
+    from xgen.model.attention import BLOCK
+
     block = min(BLOCK, length)
     return (length + block) / (2 * length)
 

@@ -26,7 +26,7 @@ def plan_recipe(
     compile_stage: CompileStage | None = None,
     command: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """What `recipe` needs and costs on the slice `on`, ready for `json.dumps` (docs/reference/plan.md lists its keys).
+    """What `recipe` needs and costs on the slice `on`, ready for `json.dumps` (docs/plan-a-pod.md lists its keys).
 
     `origins` tell what the recipe states from what it leaves to the plan; without them all of it is stated.
     `assumptions` change defaults by name: utilisation, price (dollars a chip-hour), power (watts a chip), pue, grid (kg

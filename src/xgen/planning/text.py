@@ -12,7 +12,7 @@ from rich.text import Text
 from xgen.planning.words import co2, count, dollars, flops, hours, mesh, number, percent, short, size
 from xgen.recipe.units import format_length
 
-BAR = 14
+BAR = 8
 
 
 def as_table(plan: dict[str, Any]) -> RenderableType:
@@ -21,7 +21,18 @@ def as_table(plan: dict[str, Any]) -> RenderableType:
     head = Text(
         f"{plan['recipe']} on {plan['slice']} ({count(plan['chips'])} chips), {count(plan['parameters'])} parameters"
     )
-    parts: list[RenderableType] = [head, "", _memory(plan), "", _cost(plan), "", _assumptions(plan), ""]
+    parts: list[RenderableType] = [
+        head,
+        "",
+        _memory(plan),
+        "",
+        _training(plan),
+        "",
+        _cost(plan),
+        "",
+        _assumptions(plan),
+        "",
+    ]
     verdict = "fits" if total["fits"] else "does not fit"
     parts.append(Text(f"It {verdict}.", style="bold green" if total["fits"] else "bold red"))
     parts += [Text(f"- {line}") for line in remarks(plan)]
@@ -61,56 +72,65 @@ def _as_written(stage: dict[str, Any]) -> str:
 
 def _memory(plan: dict[str, Any]) -> Table:
     """Does it fit: a row a stage."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("stage", "length"):
-        table.add_column(name)
-    table.add_column("memory a chip", no_wrap=True)
-    for name in ("of the limit", "mesh", "microbatch", "remat", "from"):
-        table.add_column(name)
+    table = _table(False, 1)
+    limit = size(plan["stages"][0]["limit_bytes_per_chip"])
+    for name in ("stage", "length", "memory a chip", f"of {limit}", "mesh", "microbatch", "remat", "by"):
+        table.add_column(name, no_wrap=name in ("stage", "length", "memory a chip"))
     for stage in plan["stages"]:
         share = stage["bytes_per_chip"] / stage["limit_bytes_per_chip"]
         style = "green" if stage["fits"] else "red"
         bar = Text("█" * min(BAR, round(BAR * share)), style=style)
         bar.append("░" * max(0, BAR - round(BAR * share)), style="dim")
         bar.append(f" {size(stage['bytes_per_chip'])}")
-        limit = f"{percent(share)} of {size(stage['limit_bytes_per_chip'])}"
-        if not stage["fits"]:
-            limit += ", too much"
+        used = Text(percent(share) + ("" if stage["fits"] else ", too much"), style=style)
         source = stage["source"]
         if stage["compile_seconds"] is not None:
-            source += f" ({number(stage['compile_seconds'])} s)"
-        cells = (
-            limit,
-            mesh(stage["mesh"]),
-            format_length(stage["microbatch_tokens"]),
-            stage["rematerialisation"],
-            source,
-        )
-        table.add_row(escape(stage["name"]), count(stage["length"]), bar, *cells)
+            source += f", {number(stage['compile_seconds'])} s"
+        choice = (mesh(stage["mesh"]), format_length(stage["microbatch_tokens"]), stage["rematerialisation"])
+        table.add_row(escape(stage["name"]), count(stage["length"]), bar, used, *choice, source)
     return table
+
+
+def _training(plan: dict[str, Any]) -> Table:
+    """How much work: a row a stage, and the sum."""
+    stages, total = plan["stages"], plan["total"]
+    return _columns(
+        stages,
+        ("tokens", short(total["tokens"]), [short(stage["tokens"]) for stage in stages]),
+        ("tokens a step", "", [count(stage["tokens_per_step"]) for stage in stages]),
+        ("steps", count(total["steps"]), [count(stage["steps"]) for stage in stages]),
+        ("FLOPs a token", f"{total['flops']:.2e} in all", [flops(stage["flops_per_token"]) for stage in stages]),
+    )
 
 
 def _cost(plan: dict[str, Any]) -> Table:
     """How long and how much: a row a stage, and the sum."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_footer=True)
-    total = plan["total"]
-    columns = (
-        ("stage", "all", [escape(stage["name"]) for stage in plan["stages"]]),
-        ("FLOPs a token", f"{total['flops']:.2e} in all", [flops(s["flops_per_token"]) for s in plan["stages"]]),
-        ("tokens", short(total["tokens"]), [short(s["tokens"]) for s in plan["stages"]]),
-        ("a step", "", [count(s["tokens_per_step"]) for s in plan["stages"]]),
-        ("steps", count(total["steps"]), [count(s["steps"]) for s in plan["stages"]]),
-        ("time", hours(total["hours"]), [hours(s["hours"]) for s in plan["stages"]]),
-        ("chip-hours", number(total["chip_hours"]), [number(s["chip_hours"]) for s in plan["stages"]]),
-        ("cost", dollars(total["dollars"]), [dollars(s["dollars"]) for s in plan["stages"]]),
-        ("kWh", number(total["kwh"]), [number(s["kwh"]) for s in plan["stages"]]),
-        ("CO2", co2(total["co2_kg"]), [co2(s["co2_kg"]) for s in plan["stages"]]),
+    kinds = (
+        ("time", "hours", hours),
+        ("chip-hours", "chip_hours", number),
+        ("cost", "dollars", dollars),
+        ("kWh", "kwh", number),
+        ("CO2", "co2_kg", co2),
     )
+    stages, total = plan["stages"], plan["total"]
+    return _columns(
+        stages, *((name, write(total[key]), [write(stage[key]) for stage in stages]) for name, key, write in kinds)
+    )
+
+
+def _columns(stages: list[dict[str, Any]], *columns: tuple[str, str, list[str]]) -> Table:
+    """A table of (name, sum, a cell for each stage)."""
+    table = _table(True)
+    table.add_column("stage", footer="all")
     for name, footer, _ in columns:
-        table.add_column(name, footer=footer, justify="left" if name == "stage" else "right", no_wrap=True)
-    for row in zip(*(cells for _, _, cells in columns), strict=True):
-        table.add_row(*row)
+        table.add_column(name, footer=footer, justify="right", no_wrap=True)
+    for stage, *cells in zip(stages, *(cells for _, _, cells in columns), strict=True):
+        table.add_row(escape(stage["name"]), *cells)
     return table
+
+
+def _table(footer: bool, apart: int = 2) -> Table:
+    return Table(box=None, padding=(0, apart, 0, 0), header_style="dim", show_footer=footer)
 
 
 def _assumptions(plan: dict[str, Any]) -> Table:
