@@ -38,10 +38,11 @@ class _UnknownError(Exception):
     """A value that only the running program knows."""
 
 
-def trip_count(module: Module, loop: Instruction, given: Mapping[str, int]) -> int:
-    """Times that a while loop's body runs. `given`: by the loop's name, for loops whose end only the data know.
+def trip_count(module: Module, loop: Instruction, given: Mapping[str, float]) -> float:
+    """Times that a while loop's body runs. `given`: by the loop's name, or, for loops whose end only the data know, by
+    a part of the place that it was traced from.
 
-    Raises HloError when neither the compiler's note nor the loop's start, step and condition say it.
+    Raises HloError when neither the compiler's note nor the loop's start, step and condition nor `given` say it.
     """
     if loop.name in given:
         return given[loop.name]
@@ -52,8 +53,12 @@ def trip_count(module: Module, loop: Instruction, given: Mapping[str, int]) -> i
     try:
         return _count(module, loop, module[condition], module[body])
     except _UnknownError as unknown:
+        placed = [part for part in given if part in loop.op_name]
+        if placed:
+            return given[max(placed, key=len)]
         raise HloError(
-            f"{loop}: how often it runs is not in the text ({unknown}); give its count by name, {{{loop.name!r}: n}}"
+            f"{loop}: how often it runs is not in the text ({unknown}); give its count by name or by a part of its "
+            f"place, {loop.op_name!r}"
         ) from None
 
 

@@ -74,7 +74,7 @@ class Work:
     flops_by: Mapping[str, float]
     memory_bytes: int
     collectives: tuple[Collective, ...]
-    loops: Mapping[str, int]
+    loops: Mapping[str, float]
     buffers: tuple[Buffer, ...] = field(repr=False)
 
     @property
@@ -93,12 +93,12 @@ class Work:
         return tuple(buffer for buffer in self.buffers if buffer.bytes >= size)
 
 
-def read_work(text: str, kernels: Mapping[str, Cost] | None = None, trips: Mapping[str, int] | None = None) -> Work:
+def read_work(text: str, kernels: Mapping[str, Cost] | None = None, trips: Mapping[str, float] | None = None) -> Work:
     """Count a program's work from `compiled.as_text()`.
 
     `kernels`: FLOPs of custom calls by a part of their name, for those whose text tells none (see `splash`).
-    `trips`: counts of loops by name, for those whose end only the data know. Raises HloError where the text says
-    something that cannot be counted.
+    `trips`: how often loops run, on average, whose end only the data know: by name, or by a part of their `op_name`.
+    Raises HloError where the text says something that cannot be counted.
     """
     counter = _Counter(parse(text), dict(kernels or {}), dict(trips or {}))
     total = counter.sequence(counter.module.entry)
@@ -177,12 +177,12 @@ class _Total:
     memory: int = 0
     exchanges: dict[_Key, tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, other: _Total, times: int = 1) -> None:
+    def add(self, other: _Total, times: float = 1) -> None:
         for name, flops in other.flops.items():
             self.flops[name] = self.flops.get(name, 0.0) + flops * times
-        self.memory += other.memory * times
+        self.memory += round(other.memory * times)
         for key, (count, size) in other.exchanges.items():
-            self.exchange(key, count * times, size * times)
+            self.exchange(key, round(count * times), round(size * times))
 
     def exchange(self, key: _Key, count: int, size: int) -> None:
         had = self.exchanges.get(key, (0, 0))
@@ -205,11 +205,11 @@ class _Total:
 class _Counter:
     """Walks a program; each computation once."""
 
-    def __init__(self, module: Module, kernels: Mapping[str, Cost], trips: Mapping[str, int]) -> None:
+    def __init__(self, module: Module, kernels: Mapping[str, Cost], trips: Mapping[str, float]) -> None:
         self.module = module
         self.kernels = kernels
         self.trips = trips
-        self.loops: dict[str, int] = {}
+        self.loops: dict[str, float] = {}
         self.kept: list[tuple[Instruction, Array]] = []
         self._sequences: dict[str, _Total] = {}
         self._insides: dict[str, _Total] = {}
