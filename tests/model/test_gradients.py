@@ -20,9 +20,9 @@ from xgen.model import loss as loss_module
 from xgen.model.attention import attention
 from xgen.model.attention import tiles as attention_module
 from xgen.model.layers import mlp, norm
-from xgen.model.split import ONE
 from xgen.model.linear import project
 from xgen.model.loss import token_nll, weighted_loss
+from xgen.model.split import ONE
 from xgen.model.weights import Block
 
 FLOAT32 = 1e-6
