@@ -14,6 +14,7 @@ from xgen.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from xgen.loaded import LoadedModel
+    from xgen.parallel.world import World
     from xgen.training.run import Clock, Run
     from xgen.training.signals import Signals
     from xgen.training.state import State
@@ -56,17 +57,19 @@ def train(
     overrides: Iterable[str] = (),
     start: str | Path | None = None,
     display: Display | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Train `recipe` in the new folder `run`, measure every stage's checkpoint, write the report.
 
     `recipe` is a shipped name, a file or a `Recipe`; `overrides` are "key=value" as on the command line. `start` is a
     MODEL of any kind whose weights the run begins with in place of fresh ones: it gives all of [model] and the
-    tokenizer that the recipe leaves out. Returns the result (docs/reference/run-folder.md lists its keys). Raises the
-    errors of `xgen.errors`.
+    tokenizer that the recipe leaves out. `world` are the processes that train together (`xgen.parallel.start.connect`),
+    each of which calls this. Returns the result (docs/reference/run-folder.md lists its keys). Raises the errors of
+    `xgen.errors`.
     """
     from xgen.recipe.load import require_base
     from xgen.training.hardware import use_compilation_cache
-    from xgen.training.run import Clock, create, first_state, too_short
+    from xgen.training.run import ALONE, Clock, create, first_state, too_short
     from xgen.training.signals import Signals
     from xgen.training.start import open_start
 
@@ -76,10 +79,12 @@ def train(
     wanted = recipe if isinstance(recipe, Recipe) else _resolved(recipe, overrides, base)
     if base is not None:
         require_base(wanted, base)
+    processes = world or ALONE
     with signals.installed():
         use_compilation_cache()
+        processes.agree("the recipe", wanted.model_dump(mode="json"))
         with _Tasks(watched) as tasks:
-            opened = create(wanted, Path(run), Path.cwd(), tasks.report, model)
+            opened = create(wanted, Path(run), Path.cwd(), tasks.report, model, processes)
         _record_start(opened)
         for text in [*(model.description.repairs if model is not None else ()), *too_short(opened)]:
             watched.note(text)
@@ -88,13 +93,21 @@ def train(
         return _finish(opened, first_state(opened), Clock(), watched, signals, begin)
 
 
-def resume(run: str | Path, *, overrides: Iterable[str] = (), display: Display | None = None) -> dict[str, Any]:
+def resume(
+    run: str | Path,
+    *,
+    overrides: Iterable[str] = (),
+    display: Display | None = None,
+    world: World | None = None,
+) -> dict[str, Any]:
     """Go on with the run in folder `run` from its newest whole checkpoint; the result is that of `train`.
 
-    `overrides` may change `checkpoints.*` and `evaluation.*` only.
+    `overrides` may change `checkpoints.*`, `evaluation.*` and what only says how a step is computed: meshes,
+    `microbatch_tokens`, `remat` and `compute.exchange`. `world` is as for `train`; how many processes there were before
+    does not matter.
     """
     from xgen.training.hardware import use_compilation_cache
-    from xgen.training.run import reopen, restore
+    from xgen.training.run import ALONE, reopen, restore
     from xgen.training.signals import Signals
 
     begin, watched, signals = time.perf_counter(), display or Silent(), Signals()
@@ -102,7 +115,9 @@ def resume(run: str | Path, *, overrides: Iterable[str] = (), display: Display |
     wanted = resolve_run(folder, overrides)
     with signals.installed():
         use_compilation_cache()
-        opened = reopen(wanted, folder)
+        processes = world or ALONE
+        processes.agree("the recipe", wanted.model_dump(mode="json"))
+        opened = reopen(wanted, folder, processes)
         damaged: list[str] = []
         state, clock = restore(opened, damaged.append)
         for text in damaged:
@@ -184,7 +199,7 @@ def _finish(run: Run, state: State, clock: Clock, watched: Display, signals: Sig
     try:
         train_stages(run, state, clock, watched, signals)
         del state
-        with watched.task("measuring every stage's checkpoint") as task:
+        with watched.task("measuring every stage's checkpoint") as task, run.world.busy("measuring"):
             measured = measure(run, task.advance)
         for text in measured["notes"] if measured else ["no source has held-out documents: nothing was measured"]:
             watched.note(text)
@@ -192,9 +207,10 @@ def _finish(run: Run, state: State, clock: Clock, watched: Display, signals: Sig
         facts = {"seconds": seconds, "peak_memory_bytes": peak_memory()}
         run.recorder.event("finished", tokens=clock.tokens, step=clock.step, **facts)
         found = result(run, measured, seconds)
-        write_report(run.folder)
+        if run.world.is_writer:
+            write_report(run.folder)
     except XgenError:
-        if not signals.at_once:
+        if run.world.is_writer and not signals.at_once:
             with suppress(XgenError):  # why the run stops matters more
                 write_report(run.folder)
         raise

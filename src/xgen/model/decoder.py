@@ -86,13 +86,9 @@ def attend(x: Float[Array, "B S D"], w: Block, at: Places, spec: Spec) -> Float[
     q = rotate(inward(x, w.query, w.query_bias, split), at.cosine, at.sine)
     k = rotate(inward(x, w.key, w.key_bias, split), at.cosine, at.sine)
     v = inward(x, w.value, w.value_bias, split)
-    mixed = attention(q, k, v, at.segments, spec.compute.attention, *_context(spec))
+    mixed = attention(q, k, v, at.segments, spec.compute.attention, split.context, spec.compute.exchange)
     flat = mixed.reshape(*mixed.shape[:2], -1)
     return outward(flat, w.output.reshape(flat.shape[-1], -1), w.output_bias, split)
-
-
-def _context(spec: Spec) -> tuple[object, ...]:
-    return (spec.split.context, spec.compute.exchange) if spec.split.context else ()
 
 
 def _rematerialised(layer: Callable[..., tuple[Array, None]], remat: str) -> Callable[..., tuple[Array, None]]:

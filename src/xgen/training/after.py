@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from xgen.checkpoints.manifest import Checkpoint, folder_name, list_checkpoints
 from xgen.checkpoints.weights import read_weights
 from xgen.errors import CheckpointError
@@ -49,7 +47,8 @@ def measure(run: Run, progress: Progress | None = None) -> Measurements | None:
     lengths, text = run.tokenizer.byte_lengths, held_out.text(run.tokenizer.token_bytes)
     since = run.start.context_length if run.start is not None else None
     found = measure_checkpoints(scorers, held_out, run.recipe.evaluation, lengths, text, progress, since=since)
-    write_json(run.folder / MEASUREMENTS, found)
+    if run.world.is_writer:
+        write_json(run.folder / MEASUREMENTS, found)
     return found
 
 
@@ -69,8 +68,9 @@ def _scorer(run: Run, path: Path, spec: Spec) -> Score:
     layout = run.layouts[-1]
 
     def weights() -> Weights:
-        found = read_weights(path, spec)
-        return found if layout.single else jax.device_put(found, weight_shardings(spec, layout))
+        if layout.single:
+            return read_weights(path, spec)
+        return read_weights(path, spec, weight_shardings(spec, layout), run.world)
 
     return scorer(weights, spec, layout)
 
@@ -93,7 +93,8 @@ def result(run: Run, measured: Measurements | None, seconds: float) -> dict[str,
         "run": str(run.folder),
         "report": str(run.folder / "report.html"),
     }
-    write_json(run.folder / RESULT, value)
+    if run.world.is_writer:
+        write_json(run.folder / RESULT, value)
     return value
 
 

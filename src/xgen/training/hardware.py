@@ -9,19 +9,7 @@ from pathlib import Path
 
 import jax
 
-# Publishers' dense bfloat16 peaks in FLOP/s, by JAX's device kind.
-_PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.5e12,
-}
+from xgen.parallel.slices import PEAKS
 
 
 def use_compilation_cache() -> None:
@@ -35,7 +23,7 @@ def use_compilation_cache() -> None:
 
 def peak_flops() -> float | None:
     """FLOP/s of one device's published peak; None where it is not known, as for any CPU."""
-    return _PEAKS.get(jax.devices()[0].device_kind)
+    return PEAKS.get(jax.devices()[0].device_kind)
 
 
 def memory_limit() -> int:

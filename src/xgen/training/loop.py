@@ -46,7 +46,8 @@ def train(run: Run, state: State, clock: Clock, display: Display, signals: Signa
     if clock.tokens >= run.recipe.total_tokens:
         return state
     remaining = range(run.recipe.stage_at(clock.tokens), len(run.recipe.stages))
-    programs = {index: compile_stage(run, index) for index in remaining}
+    with run.world.busy("compiling"):
+        programs = {index: compile_stage(run, index) for index in remaining}
     session = _Session(run, clock, display, signals)
     with signals.deferred():
         for index in remaining:
@@ -77,7 +78,7 @@ class _Session:
 
     def __init__(self, run: Run, clock: Clock, display: Display, signals: Signals) -> None:
         self.run, self.clock, self.display, self.signals = run, clock, display, signals
-        self.saver = Saver(run.folder / CHECKPOINTS, run.recipe.checkpoints, self._saved)
+        self.saver = Saver(run.folder / CHECKPOINTS, run.recipe.checkpoints, self._saved, run.world)
         longest = max(run.recipe.evaluation.contexts)
         self.held_out = run.held_out(loop_tokens(run.recipe.evaluation.tokens, longest))
         self._layout = run.layout_at(clock.tokens)
@@ -107,6 +108,7 @@ class _Session:
         rows = self._layout.rows(stage.sequences)
         arrays = (batch.ids, batch.targets, batch.segments, batch.positions)
         tokens = Tokens(*[self._layout.place(array, stage.sequences, rows) for array in arrays])
+        self.run.world.begins(self.clock.step + 1)
         state, metrics = step(state, tokens, self._layout.constant(np.float32(rate)))
         metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - begin
@@ -138,9 +140,9 @@ class _Session:
         recipe = self.run.recipe
         batch = recipe.stages[recipe.stage_at(self.clock.tokens - 1)].batch_tokens
         if ends or _due(self.clock.tokens, batch, recipe.evaluation.every):
-            self._evaluate(state, length)
-        self.saver.check()
-        signal = self.signals.received
+            with self.run.world.busy("measuring"):
+                self._evaluate(state, length)
+        signal = self._stop_wanted()
         if ends or signal or _due(self.clock.tokens, batch, recipe.checkpoints.every):
             self.run.recorder.sync()
             self.saver.save(state, self.clock.tokens, self.clock.step, stage if ends else "")
@@ -150,6 +152,15 @@ class _Session:
             raise StoppedBySignal(
                 f"{signal}: saved at {self.clock.tokens:,} tokens; go on with `xgen train --resume {self.run.folder}`"
             )
+
+    def _stop_wanted(self) -> str:
+        """The signal for which all processes stop after this step; "" to go on."""
+        if self.run.world.count == 1:
+            self.saver.check()
+            return self.signals.received
+        # One's failed write is known to all, but to each in its own time: they agree to stop, and `save` raises it.
+        local = self.signals.received or ("a checkpoint could not be written" if self.saver.failing else None)
+        return self.run.world.stop_wanted(self.clock.step, local) or ""
 
     def _evaluate(self, state: State, length: int) -> None:
         if self.held_out is None:

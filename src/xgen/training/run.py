@@ -8,14 +8,15 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
 from xgen.checkpoints.manifest import folder_name, newest_whole, split_model
+from xgen.checkpoints.world import agree
 from xgen.convert.native import START as START_FILE
-from xgen.convert.pieces import assemble
 from xgen.data.corpora import open_sources, reopen_sources
 from xgen.data.reader import Reader
 from xgen.data.store import Store, is_store
@@ -23,14 +24,15 @@ from xgen.errors import CheckpointError, DataError, RecipeError, StorageError
 from xgen.measure import Sample, sample_documents
 from xgen.model import Spec
 from xgen.parallel.mesh import sizes
-from xgen.parallel.program import Layout
+from xgen.parallel.program import Layout, weight_shardings
 from xgen.parallel.rules import require_even
+from xgen.parallel.world import World
 from xgen.recipe.base import START
 from xgen.recipe.load import changed_keys, dump_toml
 from xgen.recipe.schema import Recipe
 from xgen.tokens.tokenizer import Tokenizer
 from xgen.training import optimizer
-from xgen.training.checkpoints import Saver, read_state
+from xgen.training.checkpoints import Saver, place_weights, read_state
 from xgen.training.folder import (
     CHECKPOINTS,
     EVENTS,
@@ -44,7 +46,7 @@ from xgen.training.folder import (
     write_json,
 )
 from xgen.training.start import Opened, Start, read_start, start_json
-from xgen.training.state import State, move, new_state, new_weights
+from xgen.training.state import State, abstract_state, new_state, new_weights
 
 SOURCES = "sources.json"
 """Beside the recipe: the fingerprint of each source's store, so that a resumed run meets the same text."""
@@ -61,6 +63,8 @@ _CHANGEABLE = re.compile(
 
 Progress = Callable[[str, float], None]
 
+ALONE = World()
+
 
 @dataclass(frozen=True)
 class Run:
@@ -76,6 +80,8 @@ class Run:
     recorder: Recorder
     layouts: tuple[Layout, ...]
     """Each stage's mesh."""
+    world: World
+    """The processes that train it."""
     start: Start | None = None
     """The model that the run continues."""
 
@@ -101,10 +107,51 @@ class Clock:
 
 
 def create(
-    recipe: Recipe, folder: Path, base: Path, progress: Progress | None = None, opened: Opened | None = None
+    recipe: Recipe,
+    folder: Path,
+    base: Path,
+    progress: Progress | None = None,
+    opened: Opened | None = None,
+    world: World = ALONE,
 ) -> Run:
     """Begin a run in `folder`, which must not hold one that has made a step. Relative paths of the recipe are taken
-    from `base`. `opened` is the model that the run continues."""
+    from `base`. `opened` is the model that the run continues.
+
+    All of `world` call this together. Process 0 prepares the folder, the others open what they find there.
+    """
+    prepared: list[Prepared] = []
+
+    def prepare() -> dict[str, Any] | None:
+        if not world.is_writer:
+            return None
+        prepared.append(_prepare(recipe, folder, base, progress, opened))
+        return prepared[0].recipe.model_dump(mode="json")
+
+    with world.busy("preparing the run"):
+        told = agree(world, "prepare the run", prepare)[0]
+    if not prepared:
+        resolved = Recipe.model_validate(told)
+        prepared.append(Prepared(resolved, *reopen_sources(resolved, folder, folder / STORES)))
+    run = _assemble(prepared[0], folder, world)
+    run.recorder.cut_back(-1)
+    if world.is_writer:
+        _clear(folder)
+    if opened is not None:
+        run = replace(run, start=_take_over(run, opened, progress))
+    if world.is_writer:  # last: a folder with a recipe is a run that can be resumed
+        replace_text(folder / RECIPE, dump_toml(run.recipe))
+    return run
+
+
+class Prepared(NamedTuple):
+    """What a run needs from outside: the recipe with all paths and names, and what they led to."""
+
+    recipe: Recipe
+    stores: Mapping[str, Store]
+    tokenizer: Tokenizer
+
+
+def _prepare(recipe: Recipe, folder: Path, base: Path, progress: Progress | None, opened: Opened | None) -> Prepared:
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file, and a run is a folder; choose another place")
     if _has_steps(folder):
@@ -130,13 +177,7 @@ def create(
     recipe = _with_tokenizer(recipe, tokenizer, folder if tokenizer is own else None)
     write_json(folder / SOURCES, {name: store.fingerprint for name, store in stores.items()})
     tokenizer.save(folder / "tokenizer.json")
-    run = _assemble(recipe, folder, stores, tokenizer)
-    run.recorder.cut_back(-1)
-    _clear(folder)
-    if opened is not None:
-        run = replace(run, start=_take_over(run, opened, progress))
-    replace_text(folder / RECIPE, dump_toml(recipe))  # last: a folder with a recipe is a run that can be resumed
-    return run
+    return Prepared(recipe, stores, tokenizer)
 
 
 def claim_folder(folder: Path) -> None:
@@ -179,17 +220,23 @@ def _clear(folder: Path) -> None:
 
 def _take_over(run: Run, opened: Opened, progress: Progress | None) -> Start | None:
     """Write the model's description and its weights, as the checkpoint at token 0, into the run's folder."""
-    what = f"taking over the weights of {opened.place}"
-    weights = assemble(opened.source, lambda share: progress(what, share) if progress is not None else None)
-    write_json(run.folder / START_FILE, start_json(opened, weights))
-    saver = Saver(run.folder / CHECKPOINTS, run.recipe.checkpoints, lambda _: None)
-    saver.save(State(weights, run.transformation.init(weights)), 0, 0, START)
+    what, layout = f"taking over the weights of {opened.place}", run.layouts[0]
+    places = None if layout.single else weight_shardings(run.spec, layout)
+    with run.world.busy(what):
+        weights, digest = place_weights(
+            opened.source, places, lambda share: progress(what, share) if progress is not None else None
+        )
+    if run.world.is_writer:
+        write_json(run.folder / START_FILE, start_json(opened, digest))
+    saver = Saver(run.folder / CHECKPOINTS, run.recipe.checkpoints, lambda _: None, run.world)
+    saver.save(new_state(weights, run.spec, run.transformation, layout), 0, 0, START)
     saver.wait()
     return read_start(run.folder)
 
 
-def reopen(recipe: Recipe, folder: Path) -> Run:
-    """Open the run in `folder` again. `recipe`: its own, or one that differs in checkpoints and evaluation only."""
+def reopen(recipe: Recipe, folder: Path, world: World = ALONE) -> Run:
+    """Open the run in `folder` again. `recipe`: its own, or one that differs in what `_CHANGEABLE` names only. All of
+    `world` call this together."""
     from xgen.recipe.load import load_recipe
 
     changed = [key for key in changed_keys(load_recipe(folder).recipe, recipe) if not _CHANGEABLE.fullmatch(key)]
@@ -202,8 +249,9 @@ def reopen(recipe: Recipe, folder: Path) -> Run:
     layouts_of(recipe)
     stores, tokenizer = reopen_sources(recipe, folder, folder / STORES)
     _check_sources(folder, stores)
-    run = replace(_assemble(recipe, folder, stores, tokenizer), start=read_start(folder))
-    replace_text(folder / RECIPE, dump_toml(recipe))
+    run = replace(_assemble(Prepared(recipe, stores, tokenizer), folder, world), start=read_start(folder))
+    if world.is_writer:
+        replace_text(folder / RECIPE, dump_toml(recipe))
     return run
 
 
@@ -217,7 +265,11 @@ def first_state(run: Run) -> State:
 
 
 def _read(run: Run, path: Path, tokens: int) -> State:
-    return move(read_state(path, run.spec, run.transformation), run.spec, run.layout_at(tokens))
+    layout = run.layout_at(tokens)
+    if layout.single:
+        return read_state(path, run.spec, run.transformation)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run.spec, run.transformation, layout))
+    return read_state(path, run.spec, run.transformation, places, run.world)
 
 
 def too_short(run: Run) -> list[str]:
@@ -237,9 +289,10 @@ def too_short(run: Run) -> list[str]:
 
 def restore(run: Run, report: Callable[[str], None]) -> tuple[State, Clock]:
     """State and clock of the newest whole checkpoint, or of the beginning; later lines of the logs are dropped."""
-    checkpoint = newest_whole(run.folder / CHECKPOINTS, report)
+    checkpoint = newest_whole(run.folder / CHECKPOINTS, report, run.world)
     try:
-        (run.folder / RESULT).unlink(missing_ok=True)
+        if run.world.is_writer:
+            (run.folder / RESULT).unlink(missing_ok=True)
     except OSError as cause:
         raise StorageError.writing(run.folder / RESULT, cause) from cause
     if checkpoint is None and run.start is not None:
@@ -269,18 +322,19 @@ def layouts_of(recipe: Recipe) -> tuple[Layout, ...]:
     return tuple(found)
 
 
-def _assemble(recipe: Recipe, folder: Path, stores: Mapping[str, Store], tokenizer: Tokenizer) -> Run:
-    reader = Reader(recipe, stores)
+def _assemble(prepared: Prepared, folder: Path, world: World) -> Run:
+    recipe, stores, tokenizer = prepared
     run = Run(
         folder=folder,
         recipe=recipe,
         tokenizer=tokenizer,
         stores=stores,
-        reader=reader,
+        reader=Reader(recipe, stores),
         spec=Spec.of(recipe, tokenizer.size),
         transformation=optimizer.build(recipe.optimizer),
-        recorder=Recorder(folder),
+        recorder=Recorder(folder, world),
         layouts=layouts_of(recipe),
+        world=world,
     )
     run.held_out(recipe.evaluation.tokens)  # what the measurement at the end cannot do is said before the first step
     return run

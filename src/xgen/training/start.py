@@ -12,13 +12,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from xgen.checkpoints.weights import weights_sha256
 from xgen.convert.description import Description
 from xgen.convert.native import START as START_FILE
 from xgen.convert.native import description_json
 from xgen.convert.pieces import Source
 from xgen.errors import CheckpointError
-from xgen.model import Weights
 from xgen.recipe.base import Base
 from xgen.recipe.schema import Model, Recipe
 
@@ -59,9 +57,9 @@ def open_start(model: str | Path) -> Opened:
     return Opened(str(model), *open_model(model))
 
 
-def start_json(opened: Opened, weights: Weights) -> dict[str, Any]:
+def start_json(opened: Opened, weights_sha256: str) -> dict[str, Any]:
     """What `start.json` holds: the model's description, where it was, and the SHA-256 of its weights."""
-    facts = {"from": opened.place, "weights_sha256": weights_sha256(weights)}
+    facts = {"from": opened.place, "weights_sha256": weights_sha256}
     return {**description_json(opened.description), **facts}
 
 
