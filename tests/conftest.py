@@ -18,7 +18,8 @@ def _checked_modules() -> list[str]:
     assert package is not None
     assert package.submodule_search_locations
     folder = Path(package.submodule_search_locations[0])
-    names = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "weights"))
+    found = (path for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file())
+    names = sorted(path.stem for path in found if path.stem not in ("__init__", "weights"))
     return [f"xgen.model.{name}" for name in names] + ["xgen.training.step", "xgen.training.optimizer"]
 
 
