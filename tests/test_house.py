@@ -25,6 +25,7 @@ FLOORS = {
     "measure": 4,
     "training": 5,
     "loaded": 6,
+    "planning": 6,
     "report": 6,
     "api": 7,
     "cli": 8,

@@ -31,6 +31,7 @@ MOST_RECIPE_KEYS = 80
 
 VERBS = """
     prepare
+    plan
     train
     report
     recipe list

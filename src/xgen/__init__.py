@@ -2,8 +2,8 @@
 
 from importlib.metadata import version
 
-from xgen.api import load, resume, train
+from xgen.api import load, plan, resume, train
 
-__all__ = ["__version__", "load", "resume", "train"]
+__all__ = ["__version__", "load", "plan", "resume", "train"]
 
 __version__ = version("xgen")

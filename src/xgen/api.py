@@ -132,6 +132,26 @@ def resume(
         return _finish(opened, state, clock, watched, signals, begin)
 
 
+def plan(
+    recipe: str | Path | Recipe,
+    *,
+    on: str,
+    overrides: Iterable[str] = (),
+    start: str | Path | None = None,
+    compiler: bool | None = None,
+    **assumptions: float | None,
+) -> dict[str, Any]:
+    """What `recipe` needs and costs, stage by stage, on the slice `on`, as "v4:8x8x8"; nothing is run.
+
+    What a named recipe leaves out of mesh, microbatch_tokens and remat is chosen: the cheapest that fits. `compiler`:
+    ask the real one; None asks it when it is installed. `assumptions`: utilisation, price, power, pue, grid. Returns
+    what `xgen plan --json` writes (docs/plan-a-pod.md). Raises RecipeError.
+    """
+    from xgen.planning import plan as make_plan
+
+    return make_plan(recipe, on=on, overrides=overrides, start=start, compiler=compiler, **assumptions)
+
+
 def resolve(source: str | Path, overrides: Iterable[str] = (), start: str | Path | None = None) -> Recipe:
     """The resolved recipe `source`: a shipped name, a file, or a run folder; `start` is the MODEL it continues."""
     from xgen.training.start import open_start

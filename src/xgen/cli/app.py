@@ -12,6 +12,7 @@ import typer
 from xgen.cli.checkpoint import checkpoint_app
 from xgen.cli.convert import convert_app
 from xgen.cli.data import data_app
+from xgen.cli.plan import plan
 from xgen.cli.prepare import prepare
 from xgen.cli.recipe import recipe_app
 from xgen.cli.report import report
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(prepare)
+app.command()(plan)
 app.command()(train)
 app.command()(report)
 app.add_typer(recipe_app, name="recipe")
