@@ -25,10 +25,10 @@ FLOORS = {
     "measure": 4,
     "training": 5,
     "loaded": 6,
-    "planning": 6,
+    "planning": 7,
     "report": 6,
-    "api": 7,
-    "cli": 8,
+    "api": 8,
+    "cli": 9,
 }
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 500
