@@ -104,6 +104,11 @@ def test_an_impossible_assumption_is_an_error(name: str, value: float) -> None:
         seven("v4:8x8x8", assumptions={name: value})
 
 
+def test_an_unknown_assumption_is_an_error() -> None:
+    with pytest.raises(RecipeError, match="'prices'.*utilisation, price"):
+        plan("tiny", on="v4:2x2x1", compiler=False, prices=1.0)
+
+
 def test_what_the_recipe_says_stays_and_what_it_leaves_out_is_chosen() -> None:
     origins = load_recipe("xgen-7b-8k").origins
     assert [freedom(origins, index).remat for index in range(3)] == [True, True, False]

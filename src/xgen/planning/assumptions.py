@@ -70,6 +70,8 @@ def assume(on: Slice, given: dict[str, float | None]) -> Assumptions:
     )
     found: dict[str, Any] = vars(defaults).copy()
     for name, value in given.items():
+        if name not in found:
+            raise RecipeError(f"a plan assumes nothing called {name!r}; its assumptions are {', '.join(found)}")
         if value is not None:
             _check(name, value, found[name])
             found[name] = Assumption(value, found[name].unit, "given", found[name].most)
