@@ -105,7 +105,7 @@ def test_an_impossible_assumption_is_an_error(name: str, value: float) -> None:
 
 
 def test_an_unknown_assumption_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="'prices'.*utilisation, price"):
+    with pytest.raises(RecipeError, match=r"'prices'.*utilisation, price"):
         plan("tiny", on="v4:2x2x1", compiler=False, prices=1.0)
 
 

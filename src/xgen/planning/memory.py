@@ -1,8 +1,8 @@
 """Memory of one training step on one chip, by arithmetic: a sum that can be read and checked by hand.
 
 What lies there always (weights, optimizer state, the batch) is exact. What comes and goes is the largest of three
-moments: the loss, the backward pass of one layer, the optimizer. Buffers that XLA fuses away or reuses are the
-uncertainty; tests/plan holds the sum against the real compiler.
+moments: the loss, the backward pass of one layer, the optimizer. What XLA fuses away, or keeps longer than it must, is
+the uncertainty.
 """
 
 from __future__ import annotations

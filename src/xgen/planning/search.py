@@ -20,7 +20,7 @@ NEAR = 1.02
 wins."""
 
 MARGIN = 0.9
-"""Share of the limit that a choice of the plan's own may need by arithmetic, which is right to a tenth."""
+"""Share of the limit that a choice of the plan's own may need by arithmetic."""
 
 LESS = 0.8
 """Share of a refused choice's memory that the next one may need."""
