@@ -39,6 +39,10 @@ class StoppedBySignal(XgenError):  # noqa: N818 - it says what happened; nothing
     exit_code = 75
 
 
+class StoppedAtOnce(StoppedBySignal):
+    """The same outside the steps, or at a second signal: only what was on disk before is kept."""
+
+
 class ProcessesError(XgenError):
     """The processes of a run did not find each other at the start, or were not started alike."""
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from xgen.cli.output import check_target, write_json
 from xgen.errors import RecipeError
+
+if TYPE_CHECKING:
+    from xgen.parallel.world import World
 
 _PROCESSES = "Several processes"
 
@@ -84,11 +87,11 @@ def train(
             _python_only_stdout()
         silent = quiet or json == "-" or not world.is_writer
         if resume is not None:
-            found = _go_on(resume, [text for text in (recipe, *(overrides or ())) if text is not None], silent)
+            found = _go_on(world, resume, [text for text in (recipe, *(overrides or ())) if text is not None], silent)
         else:
             assert recipe is not None
             assert run is not None
-            found = _begin(recipe, overrides or [], run, start, data or [], silent)
+            found = _begin(world, recipe, overrides or [], run, start, data or [], silent)
     if not world.is_writer:
         return
     write_json(found, json)
@@ -116,23 +119,23 @@ def _check_words(
         raise RecipeError(f"--resume takes no recipe, the run has its own: `xgen train --resume {resume}`")
 
 
-def _go_on(folder: Path, overrides: list[str], silent: bool) -> dict[str, Any]:
+def _go_on(world: World, folder: Path, overrides: list[str], silent: bool) -> dict[str, Any]:
     from xgen import api
     from xgen.cli.progress import Progress
 
     with Progress(api.resolve_run(folder, overrides).total_tokens, quiet=silent) as display:
-        return api.resume(folder, overrides=overrides, display=display)
+        return api.resume(folder, overrides=overrides, display=display, world=world)
 
 
 def _begin(
-    recipe: str, overrides: list[str], run: Path, start: str | None, data: list[str], silent: bool
+    world: World, recipe: str, overrides: list[str], run: Path, start: str | None, data: list[str], silent: bool
 ) -> dict[str, Any]:
     from xgen import api
     from xgen.cli.progress import Progress
 
     loaded = api.resolve(recipe, [*api.sources_override(data), *overrides], start)
     with Progress(loaded.total_tokens, quiet=silent) as display:
-        return api.train(loaded, run=run, start=start, display=display)
+        return api.train(loaded, run=run, start=start, display=display, world=world)
 
 
 def _python_only_stdout() -> None:

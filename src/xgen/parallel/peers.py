@@ -312,6 +312,8 @@ class Watch:
                 self._roster.left(index)
             return
         for message in messages:
+            if index not in self._roster.peers:  # its end was told; what its thread said after that does not matter
+                return
             if "at" in message:
                 self._roster.heard(index, message["at"], message["busy"], now)
             elif message.get("bye") == "":

@@ -112,7 +112,7 @@ class Roster:
 
     def _stuck(self, now: float) -> str | None:
         places = {peer.place for peer in self.peers.values()}
-        if len(places) != 1 or not (place := places.pop()) % 2:
+        if any(peer.busy for peer in self.peers.values()) or len(places) != 1 or not (place := places.pop()) % 2:
             return None
         taken = now - max(peer.since for peer in self.peers.values())
         if taken <= max(self._limits.step, _LONGER * self._longest):

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from xgen.errors import ProcessesError, StoppedByPeer, XgenError
+from xgen.errors import ProcessesError, StoppedAtOnce, StoppedByPeer, XgenError
 from xgen.parallel.peers import Watch
 
 _FOREVER_SECONDS = 7 * 86400
@@ -21,6 +21,9 @@ _FOREVER_SECONDS = 7 * 86400
 
 _PATIENCE_SECONDS = 5
 """For the news after an error that may come of it: a closed connection is known within a tenth of a second."""
+
+_TOGETHER_SECONDS = 60
+"""From the first process that stops, after all agreed to, to the last: what is saved was saved before."""
 
 _STOP = "xgen processes/stop/"
 
@@ -36,7 +39,7 @@ class World:
         self.index, self.count = index, count
         self._watch = watch
         self._used: Counter[str] = Counter()
-        self._stopping = False
+        self._begun = self._stopping = False
 
     @property
     def is_writer(self) -> bool:
@@ -52,13 +55,21 @@ class World:
         except BaseException as error:
             self._leave(error)
             raise
-        if closing:
-            self._close()
+        if closing and not self._close():
+            raise ProcessesError("the processes could not end together, though all of them had done their work")
 
     def begins(self, step: int) -> None:
-        """The step's batch is there and its program is about to run. Tells hung processes from waiting ones."""
-        if self._watch is not None:
-            self._watch.begins(step)
+        """The step's batch is there and its program is about to run. Tells hung processes from waiting ones.
+
+        The first time all wait for each other: they may have compiled for long, and gloo gives up after 30 seconds when
+        the others come later than that to a group's first collective (to later ones they may come when they like).
+        """
+        if self._watch is None:
+            return
+        if not self._begun:
+            self.barrier("first step")
+            self._begun = True
+        self._watch.begins(step)
 
     def stop_wanted(self, step: int, local_signal: str | None) -> str | None:
         """The signal for which all processes stop after this step, the same answer on all; None to go on.
@@ -174,8 +185,8 @@ class World:
         """Tell the others that and why this process ends. Raises StoppedByPeer when one of them is the cause."""
         if self._watch is None:
             return
-        if self._stopping:
-            self._close()
+        together = self._stopping and not isinstance(error, StoppedByPeer | StoppedAtOnce)
+        if together and self._close(_TOGETHER_SECONDS):
             return
         atexit.register(_end_at_once)
         try:
@@ -184,13 +195,18 @@ class World:
         finally:
             self._watch.leave(str(error).splitlines()[0] if str(error) else type(error).__name__)
 
-    def _close(self) -> None:
-        """End JAX's part on all processes; process 0, whose service the others need for that, comes last."""
+    def _close(self, seconds: float = _FOREVER_SECONDS) -> bool:
+        """End JAX's part on all processes; process 0, whose service the others need for that, comes last. Returns
+        whether all came to it in time."""
         if self._watch is None:
-            return
+            return True
         from jax._src.distributed import global_state
 
-        self.barrier("end")
+        try:
+            self._client.wait_at_barrier(self._key("end"), round(seconds * 1000))
+        except RuntimeError as error:
+            self._blame(error)
+            return False
         if self.is_writer:
             self._client.shutdown()
             self._watch.leave()
@@ -199,6 +215,7 @@ class World:
         else:
             jax.distributed.shutdown()
             self._watch.leave()
+        return True
 
 
 def _end_at_once() -> None:

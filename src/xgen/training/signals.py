@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from xgen.errors import StoppedBySignal
+from xgen.errors import StoppedAtOnce
 
 
 class Signals:
-    """Turns SIGTERM and SIGINT into `StoppedBySignal`. While `deferred`, the first is only noted in `received`;
-    a second one is not waited for: `at_once` tells that nothing more should be done."""
+    """Turns SIGTERM and SIGINT into `StoppedAtOnce`. While `deferred`, the first is only noted in `received`, so that
+    all processes of a run can stop after the same step (`xgen.parallel.world`); a second one is not waited for:
+    `at_once` tells that nothing more should be done."""
 
     def __init__(self) -> None:
         self.received = ""
@@ -59,6 +60,6 @@ class Signals:
 
     def _stop(self, name: str) -> NoReturn:
         self.at_once = True
-        raise StoppedBySignal(
+        raise StoppedAtOnce(
             f"{name}: stopped at once; what is on disk is whole, and the same command or `xgen train --resume` goes on"
         )

@@ -13,11 +13,10 @@ import pytest
 from processes import Process, free_port, plans, started, wait_until
 
 LATEST_SECONDS = 60
-SUM_OF_SQUARES = {2: 140.0, 4: 1240.0, 8: 10416.0}
-"""Of 0 ... 4n - 1 ... over n devices; by hand."""
 
 
 def sum_of_squares(devices: int) -> float:
+    """Of 0, 1, ... 8n - 1, which `one_process.py` sums over n devices; by the closed form."""
     last = 8 * devices - 1
     return last * (last + 1) * (2 * last + 1) / 6
 
