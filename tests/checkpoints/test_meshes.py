@@ -85,7 +85,13 @@ def test_a_converted_model_goes_straight_onto_the_mesh(saved: Path) -> None:
     assert run(saved, [place], processes=2, devices=2) == [[[[], wanted]] * 2]
 
 
-@pytest.mark.parametrize(("process", "moment"), [(2, "write"), (1, "written"), (0, "join"), (0, "sealed")])
+@pytest.mark.parametrize(
+    ("process", "moment"),
+    [
+        (1, "written"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "write"), (0, "join"), (0, "sealed"))),
+    ],
+)
 def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path, process: int, moment: str) -> None:
     folder, mesh = tmp_path / "checkpoints", [1, 2, 1, 2]
     actions: list[dict[str, Any]] = [

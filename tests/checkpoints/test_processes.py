@@ -123,7 +123,7 @@ def test_damage_is_set_aside_once_and_reported_by_all(tmp_path: Path) -> None:
     assert [path.name for path in sorted(tmp_path.iterdir())] == [f"{1:015d}", f"{2:015d}.damaged"]
 
 
-@pytest.mark.parametrize(("process", "act"), [(0, "save_tree"), (2, "save_tree"), (0, "join_tree"), (1, "seal")])
+@pytest.mark.parametrize(("process", "act"), [(0, "save_tree"), (2, "save_tree"), (0, "join_tree"), (1, "write_seals")])
 def test_what_fails_on_one_fails_on_all_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: int, act: str
 ) -> None:

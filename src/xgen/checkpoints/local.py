@@ -13,7 +13,8 @@ Box = tuple[slice, ...]
 """A part of an array: a slice with both ends for every axis."""
 
 _PENDING_BYTES = 32 * 2**20
-"""Read or written at the same time, at least one part; beside the arrays themselves no more is held."""
+"""Read or written at the same time, at least one part; beside the arrays themselves no more is held, but where these
+are large a sixteenth of them."""
 
 
 def whole(shape: tuple[int, ...]) -> Box:
@@ -128,9 +129,10 @@ class DeviceParts:
 
 
 class Pending:
-    """Reads or writes under way, few enough that what they hold stays small."""
+    """Reads or writes under way, few enough that what they hold stays small: beside a `whole` of so many bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole: int = 0) -> None:
+        self._most = max(_PENDING_BYTES, whole // 16)
         self._waiting: list[tuple[int, Callable[[], None]]] = []
         self._bytes = 0
 
@@ -138,7 +140,7 @@ class Pending:
         """Remember one that holds so many bytes until `finish` has returned; wait for older ones if they are many."""
         self._waiting.append((bytes_, finish))
         self._bytes += bytes_
-        while self._bytes > _PENDING_BYTES and len(self._waiting) > 1:
+        while self._bytes > self._most and len(self._waiting) > 1:
             self._finish_first()
 
     def finish(self) -> None:

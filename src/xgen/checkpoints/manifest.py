@@ -29,6 +29,7 @@ PARTIAL = "partial-"
 SHARED = "several processes need a run folder on storage that all of them share"
 
 _MANIFEST = "manifest.json"
+_SEALS = "seals-"
 _FORMAT = 1
 
 Storage = Literal["orbax", "safetensors"]
@@ -235,7 +236,28 @@ def _inspect(path: Path) -> Manifest | str:
         return f"{file} is of a kind that this XGen does not know ({where}: {fault['input']!r:.40}); use a newer XGen"
 
 
-def seal(folder: Path, files: Iterable[Path]) -> dict[str, File]:
+def write_seals(folder: Path, process: int, files: Iterable[Path]) -> None:
+    """Put into `folder` what the manifest will tell of the `files` there that `process` wrote; all of them on the disk.
+
+    A file, since together they can be more than the processes may tell each other.
+    """
+    seals = {name: entry.model_dump() for name, entry in _seal(folder, files).items()}
+    (folder / f"{_SEALS}{process}.json").write_text(json.dumps(seals), encoding="utf-8")
+
+
+def take_seals(folder: Path, processes: int) -> dict[str, File]:
+    """What all processes have put there, which is removed. Raises StorageError when one did so somewhere else."""
+    found: dict[str, File] = {}
+    for process in range(processes):
+        file = folder / f"{_SEALS}{process}.json"
+        if not file.is_file():
+            raise StorageError(f"{file}, which process {process} has written, is not seen by process 0; {SHARED}")
+        found |= {name: File.model_validate(told) for name, told in json.loads(file.read_text("utf-8")).items()}
+        file.unlink()
+    return found
+
+
+def _seal(folder: Path, files: Iterable[Path]) -> dict[str, File]:
     """What the manifest tells of `files` in `folder`, by their names in it; all of them on the disk."""
     entries = {}
     for file in files:
@@ -256,7 +278,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], sealed: Mapping[str, Fil
     others = [
         file for file in sorted(folder.rglob("*")) if file.is_file() and str(file.relative_to(folder)) not in known
     ]
-    files = {name: entry.model_dump() for name, entry in sorted({**known, **seal(folder, others)}.items())}
+    files = {name: entry.model_dump() for name, entry in sorted({**known, **_seal(folder, others)}.items())}
     manifest = {"format": _FORMAT, **facts, "files": files}
     text = json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1)
     (folder / _MANIFEST).write_text(text, encoding="utf-8")

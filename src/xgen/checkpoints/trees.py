@@ -27,7 +27,9 @@ _PROCESS = "ocdbt.process_"
 
 def save_tree(path: Path, tree: Mapping[str, HostParts], process: int = 0) -> list[Path]:
     """Write this process's parts of `tree` below `path`; returns the files. `join_tree` follows once all have."""
-    place, pending = path / _STATE / f"{_PROCESS}{process}", Pending()
+    place = path / _STATE / f"{_PROCESS}{process}"
+    # What is under way together ends in a file or two, and file systems that are shared dislike many.
+    pending = Pending(sum(values.nbytes for parts in tree.values() for _, values in parts.pieces))
     context = _context()
     try:
         for name, parts in tree.items():

@@ -25,13 +25,13 @@ from xgen.checkpoints.manifest import (
     PARTIAL,
     SHARED,
     Checkpoint,
-    File,
     folder_name,
     list_checkpoints,
     read_manifest,
-    seal,
     sync,
+    take_seals,
     write_manifest,
+    write_seals,
 )
 from xgen.checkpoints.stored import placed
 from xgen.checkpoints.trees import copied, join_tree, load_tree, save_tree
@@ -159,10 +159,9 @@ class Saver:
             if not begun:
                 return
             partial = self._folder / begun
-            written = agree(self._world, f"write {name}", lambda: self._write(partial, trees))
+            agree(self._world, f"write {name}", lambda: self._write(partial, trees))
             facts = {"tokens": tokens, "step": step, "stage": stage}
-            sealed = {file: File.model_validate(told) for files in written for file, told in files.items()}
-            agree(self._world, f"finish {name}", lambda: self._finish(partial, trees, facts, sealed))
+            agree(self._world, f"finish {name}", lambda: self._finish(partial, trees, facts))
         # All of it: what ends a thread is lost with the thread. `check` raises it again where the run can stop.
         except BaseException as failure:  # noqa: BLE001
             self._failure = failure
@@ -181,25 +180,25 @@ class Saver:
             raise StorageError.writing(partial, cause) from cause
         return partial.name
 
-    def _write(self, partial: Path, trees: Trees) -> dict[str, Any]:
-        """Write this process's parts; what the manifest tells of its files."""
+    def _write(self, partial: Path, trees: Trees) -> None:
+        """Write this process's parts, and what the manifest will tell of them."""
         if not partial.is_dir():
             raise StorageError(f"{partial}, which process 0 has made, is not seen by this one; {SHARED}")
         files: list[Path] = []
         try:
             for name, tree in trees.items():
                 files += save_tree(partial / name, tree, self._world.index)
-            sealed = seal(partial, files)
+            write_seals(partial, self._world.index, files)
         except OSError as cause:
             raise StorageError.writing(partial, cause) from cause
-        return {name: entry.model_dump() for name, entry in sealed.items()}
 
-    def _finish(self, partial: Path, trees: Trees, facts: dict[str, Any], sealed: Mapping[str, File]) -> None:
+    def _finish(self, partial: Path, trees: Trees, facts: dict[str, Any]) -> None:
         """Process 0 makes a checkpoint of what all have written."""
         if not self._writer:
             return
         path = self._folder / folder_name(facts["tokens"])
         try:
+            sealed = take_seals(partial, self._world.count)
             for name, tree in trees.items():
                 join_tree(partial / name, tree)
             shapes = {name: list(parts.shape) for name, parts in trees["weights"].items()}
