@@ -51,7 +51,7 @@ def test_hash_is_of_the_weights_in_table_order(micro: Micro) -> None:
 
     from xgen.model.weights import as_dict
     from xgen.recipe.load import load_recipe
-    from xgen.training.run import Spec, initialise  # type: ignore[attr-defined]
+    from xgen.model import Spec, initialise  # type: ignore[attr-defined]
 
     recipe = load_recipe(str(micro.straight)).recipe
     table = as_dict(initialise(Spec.of(recipe, 300), 1))

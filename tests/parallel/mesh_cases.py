@@ -62,8 +62,8 @@ def meshes(devices: int = 8) -> list[Sizes]:
     return [Sizes(*sizes) for sizes in product(powers, repeat=4) if np.prod(sizes) == devices]
 
 
-def layout_of(sizes: Sizes) -> Layout:
-    return Layout(sizes, tuple(jax.devices()[: sizes.devices]))
+def layout_of(sizes: Sizes, line: int = 1) -> Layout:
+    return Layout(sizes, tuple(jax.devices()[: sizes.devices]), line)
 
 
 def gradients(recipe: Recipe, spec: Spec, stage: Stage, layout: Layout) -> tuple[float, dict[str, np.ndarray]]:
@@ -94,7 +94,7 @@ def largest_difference(found: dict[str, np.ndarray], wanted: dict[str, np.ndarra
 
 
 def main(arguments: dict[str, Any]) -> None:
-    """`what`: "gradients" or "curve"; `meshes` (all by default), `lengths`, `changes`, `microbatches`, `steps`."""
+    """`what`: "gradients" or "curve"; `meshes` (all by default), `lengths`, `changes`, `microbatches`, `steps`, `line`."""
     made, spec = recipe(tuple(arguments.get("changes", ())))
     chosen = [Sizes(*sizes) for sizes in arguments.get("meshes", meshes())]
     rows = []
@@ -108,7 +108,7 @@ def main(arguments: dict[str, Any]) -> None:
         for sizes in chosen:
             row: dict[str, Any] = {"mesh": list(sizes), "length": length}
             if arguments["what"] == "gradients":
-                mine, found = gradients(made, spec, stage, layout_of(sizes))
+                mine, found = gradients(made, spec, stage, layout_of(sizes, arguments.get("line", 1)))
                 row |= {"loss": abs(mine / loss - 1), "gradients": largest_difference(found, wanted)}
             else:
                 other = np.array(curve(made, spec, stage, layout_of(sizes), arguments["steps"]))

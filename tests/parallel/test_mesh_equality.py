@@ -43,6 +43,11 @@ def test_microbatches_rematerialisation_and_exchange(remat, exchange):
     check_gradients(emulated("mesh_cases", arguments))
 
 
+def test_an_fsdp_axis_cut_in_two_is_one_axis():
+    arguments = {"what": "gradients", "lengths": [32], "meshes": [(1, 8, 1, 1), (1, 4, 2, 1)], "line": 2}
+    check_gradients(emulated("mesh_cases", arguments))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [32, 64, 128])
 def test_every_mesh_of_eight_has_the_gradients_of_one_device(length):

@@ -101,5 +101,8 @@ def gather(x: Array, axes: tuple[str, ...], dimension: int) -> Array:
 
 
 def scatter(x: Array, axes: tuple[str, ...], dimension: int) -> Array:
-    """This device's part of the sum over `axes`, cut along `dimension`: the transpose of `gather`."""
-    return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True) if axes else x
+    """This device's part of the sum over `axes`, cut along `dimension`: the transpose of `gather`; an axis at a time,
+    which leaves less to the next."""
+    for axis in axes:
+        x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+    return x

@@ -16,6 +16,12 @@ from xgen.recipe.schema import Mesh as MeshChoice
 AXES = ("replica", "fsdp", "context", "tensor")
 """Outermost first: replicas meet once a step, tensor parts twice a layer, so the latter lie on neighbouring chips."""
 
+LINE = "fsdp_line"
+"""The inner part of the fsdp axis where that is cut in two, see `line_of`."""
+
+NAMES = ("replica", "fsdp", LINE, "context", "tensor")
+"""The axes of the mesh as it is laid out."""
+
 
 class Sizes(NamedTuple):
     """Devices along each axis."""
@@ -29,15 +35,14 @@ class Sizes(NamedTuple):
     def devices(self) -> int:
         return math.prod(self)
 
-    @property
-    def split(self) -> Split:
-        """Axes of one device are left out, so that no collective is written for them."""
-        used = [axis for axis, size in zip(AXES, self, strict=True) if size > 1]
 
-        def of(*axes: str) -> tuple[str, ...]:
-            return tuple(axis for axis in axes if axis in used)
+def split_of(mesh: jax.sharding.Mesh) -> Split:
+    """Axes of one device are left out, so that no collective is written for them."""
 
-        return Split(of("replica", "fsdp"), of("fsdp", "context"), of("context"), of("tensor"))
+    def of(*axes: str) -> tuple[str, ...]:
+        return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+    return Split(of("replica", "fsdp", LINE), of("fsdp", LINE, "context"), of("context"), of("tensor"))
 
 
 def sizes(choice: MeshChoice, devices: int, place: str = "mesh") -> Sizes:
@@ -59,11 +64,26 @@ def sizes(choice: MeshChoice, devices: int, place: str = "mesh") -> Sizes:
     return Sizes(**{axis: devices // fixed if given[axis] == "rest" else given[axis] for axis in AXES})
 
 
-def build(wanted: Sizes, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh over `devices` (all there are), laid out by JAX so that the inner axes are neighbours."""
+def build(wanted: Sizes, devices: Sequence[Any] | None = None, line: int | None = None) -> jax.sharding.Mesh:
+    """The mesh over `devices` (all there are), laid out by JAX so that the inner axes are neighbours. `line`: devices
+    along `LINE`; `line_of` these devices when it is left out."""
     found = list(devices) if devices is not None else jax.devices()
+    inner = line_of(wanted, found) if line is None else line
+    shape = (wanted.replica, wanted.fsdp // inner, inner, wanted.context, wanted.tensor)
     if found[0].platform == "cpu":
-        return jax.sharding.Mesh(np.array(found).reshape(wanted), AXES)
+        return jax.sharding.Mesh(np.array(found).reshape(shape), NAMES)
     from jax.experimental import mesh_utils
 
-    return jax.sharding.Mesh(mesh_utils.create_device_mesh(wanted, found, allow_split_physical_axes=True), AXES)
+    return jax.sharding.Mesh(mesh_utils.create_device_mesh(shape, found, allow_split_physical_axes=True), NAMES)
+
+
+def line_of(wanted: Sizes, devices: Sequence[Any]) -> int:
+    """Chips along the inner part of fsdp: a side of the torus where fsdp takes in all three of its dimensions, else 1.
+
+    The TPU's compiler has no reduce-scatter over a whole three-dimensional torus: it reduces to every chip and cuts,
+    which takes the bytes and the memory of the whole. Over a plane, and then what is left over a line, it scatters.
+    """
+    sides = [len({chip.coords[axis] for chip in devices}) for axis in range(3)] if hasattr(devices[0], "coords") else []
+    plane = math.prod(sorted(sides)[1:])
+    shortest = min(sides, default=1)
+    return shortest if shortest > 1 and wanted.fsdp > plane and wanted.fsdp % shortest == 0 else 1

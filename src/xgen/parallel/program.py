@@ -16,7 +16,7 @@ from jaxtyping import Array
 from xgen.model import Spec, Weights
 from xgen.model.split import Split, total, zigzag
 from xgen.model.weights import Weight, map_rows
-from xgen.parallel.mesh import AXES, Sizes, build
+from xgen.parallel.mesh import NAMES, Sizes, build, split_of
 from xgen.parallel.rules import TOKENS, partition, weight_partitions
 
 EVERYWHERE = PartitionSpec()
@@ -28,10 +28,12 @@ class Layout:
 
     sizes: Sizes
     devices: tuple[Any, ...] | None = None
+    line: int | None = None
+    """Devices of the inner part of fsdp, where `build` is not to settle that."""
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        return build(self.sizes, self.devices)
+        return build(self.sizes, self.devices, self.line)
 
     @property
     def single(self) -> bool:
@@ -43,7 +45,7 @@ class Layout:
 
     def spec(self, spec: Spec) -> Spec:
         """The spec of each device's part of a program."""
-        return replace(spec, split=self.sizes.split)
+        return replace(spec, split=split_of(self.mesh))
 
     def spread(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
         """`function`, which each device runs on its parts, as a function of whole arrays."""
@@ -96,7 +98,7 @@ def whole_gradients(gradients: Weights, split: Split) -> Weights:
 
     def missing(row: Weight) -> tuple[str, ...]:
         stored = {axis for axes in partition(row) if axes for axis in axes}
-        return tuple(axis for axis in AXES if axis in {*split.batch, *split.context} - stored)
+        return tuple(axis for axis in NAMES if axis in {*split.batch, *split.context} - stored)
 
     return cast("Weights", jax.tree.map(total, gradients, map_rows(gradients, missing)))
 

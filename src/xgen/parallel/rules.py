@@ -8,12 +8,12 @@ from jax.sharding import PartitionSpec
 from xgen.errors import RecipeError
 from xgen.model import Spec
 from xgen.model.weights import Axis, Weight, Weights, abstract, map_rows
-from xgen.parallel.mesh import Sizes
+from xgen.parallel.mesh import LINE, Sizes
 from xgen.recipe.schema import Model, Stage
 
 RULES: dict[Axis, tuple[str, ...]] = {
     "layer": (),
-    "embed": ("fsdp", "context"),
+    "embed": ("fsdp", LINE, "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head": (),
@@ -23,7 +23,7 @@ RULES: dict[Axis, tuple[str, ...]] = {
 """Mesh axes over which an axis of the weights is stored. Vectors along "embed" (norms, and biases of what is added to
 the stream) are too small to be worth a gather: every device has them whole."""
 
-TOKENS = PartitionSpec(("replica", "fsdp"), "context")
+TOKENS = PartitionSpec(("replica", "fsdp", LINE), "context")
 """A batch [N, S]: sequences over the data axes, columns (in zigzag order) over context."""
 
 
