@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from xgen.model import Spec
 from xgen.model.loss import CHUNK_LOGITS
 from xgen.model.weights import Weight, rows
-from xgen.parallel.mesh import Sizes
+from xgen.parallel.mesh import LINE, Sizes
 from xgen.parallel.rules import partition
 from xgen.planning.choice import Choice
 from xgen.recipe.schema import Optimizer, Stage
@@ -113,7 +113,7 @@ def weight_bytes(spec: Spec, sizes: Sizes) -> int:
 
 def shard_bytes(row: Weight, spec: Spec, sizes: Sizes) -> int:
     """Float32 bytes of one chip's part of a weight."""
-    parts: dict[str, int] = sizes._asdict()
+    parts = {**sizes._asdict(), LINE: 1}  # of fsdp, whose whole size is counted
     return FLOAT32 * math.prod(row.shape(spec)) // math.prod(parts[axis] for axis in _axes(partition(row)))
 
 
