@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from xgen.errors import RecipeError, XgenError
+from xgen.errors import RecipeError, StoppedByPeer, XgenError
 from xgen.recipe.load import Base, load_recipe
 from xgen.recipe.schema import Recipe
 
@@ -139,17 +139,19 @@ def plan(
     overrides: Iterable[str] = (),
     start: str | Path | None = None,
     compiler: bool | None = None,
+    report: Callable[[str], None] | None = None,
     **assumptions: float | None,
 ) -> dict[str, Any]:
     """What `recipe` needs and costs, stage by stage, on the slice `on`, as "v4:8x8x8"; nothing is run.
 
     What a named recipe leaves out of mesh, microbatch_tokens and remat is chosen: the cheapest that fits. `compiler`:
-    ask the real one; None asks it when it is installed. `assumptions`: utilisation, price, power, pue, grid. Returns
-    what `xgen plan --json` writes (docs/plan-a-pod.md). Raises RecipeError.
+    ask the real one; None asks it when it is installed. `report` is told what is waited for. `assumptions`:
+    utilisation, price, power, pue, grid. Returns what `xgen plan --json` writes (docs/plan-a-pod.md). Raises
+    RecipeError.
     """
     from xgen.planning import plan as make_plan
 
-    return make_plan(recipe, on=on, overrides=overrides, start=start, compiler=compiler, **assumptions)
+    return make_plan(recipe, on=on, overrides=overrides, start=start, compiler=compiler, report=report, **assumptions)
 
 
 def resolve(source: str | Path, overrides: Iterable[str] = (), start: str | Path | None = None) -> Recipe:
@@ -216,10 +218,16 @@ def _finish(run: Run, state: State, clock: Clock, watched: Display, signals: Sig
     from xgen.training.loop import train as train_stages
 
     earlier = clock.seconds
+
+    def lost(news: str) -> None:
+        run.recorder.event("stopped", tokens=clock.tokens, step=clock.step, reason=news)
+
+    run.world.before_exit(lost)
     try:
         train_stages(run, state, clock, watched, signals)
         del state
         with watched.task("measuring every stage's checkpoint") as task, run.world.busy("measuring"):
+            run.world.barrier("measure all")
             measured = measure(run, task.advance)
         for text in measured["notes"] if measured else ["no source has held-out documents: nothing was measured"]:
             watched.note(text)
@@ -229,7 +237,9 @@ def _finish(run: Run, state: State, clock: Clock, watched: Display, signals: Sig
         found = result(run, measured, seconds)
         if run.world.is_writer:
             write_report(run.folder)
-    except XgenError:
+    except XgenError as error:
+        if isinstance(error, StoppedByPeer):
+            lost(str(error))
         if run.world.is_writer and not signals.at_once:
             with suppress(XgenError):  # why the run stops matters more
                 write_report(run.folder)

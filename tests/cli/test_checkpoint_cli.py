@@ -49,9 +49,9 @@ def test_hash_is_of_the_weights_in_table_order(micro: Micro) -> None:
     """Against the documented construction, over arrays read without our code."""
     from orbax.checkpoint import v1 as orbax
 
+    from xgen.model import Spec, initialise
     from xgen.model.weights import as_dict
     from xgen.recipe.load import load_recipe
-    from xgen.model import Spec, initialise  # type: ignore[attr-defined]
 
     recipe = load_recipe(str(micro.straight)).recipe
     table = as_dict(initialise(Spec.of(recipe, 300), 1))

@@ -26,7 +26,9 @@ _FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes
 
 def emulated(module: str, arguments: dict[str, Any], devices: int = 8, timeout: float = 1500) -> Any:
     """What `main(arguments)` of tests/parallel/`module`.py prints as JSON on its last line, on so many devices."""
-    code = _PRELUDE.format(devices=devices, path=[str(TESTS), str(TESTS / "parallel")], module=module, arguments=arguments)
+    code = _PRELUDE.format(
+        devices=devices, path=[str(TESTS), str(TESTS / "parallel")], module=module, arguments=arguments
+    )
     environment = {**os.environ, "XLA_FLAGS": _FLAGS, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)

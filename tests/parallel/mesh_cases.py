@@ -94,7 +94,8 @@ def largest_difference(found: dict[str, np.ndarray], wanted: dict[str, np.ndarra
 
 
 def main(arguments: dict[str, Any]) -> None:
-    """`what`: "gradients" or "curve"; `meshes` (all by default), `lengths`, `changes`, `microbatches`, `steps`, `line`."""
+    """`what`: "gradients" or "curve"; `meshes` (all by default), `lengths`, `changes`, `microbatches`, `steps`,
+    `line`."""
     made, spec = recipe(tuple(arguments.get("changes", ())))
     chosen = [Sizes(*sizes) for sizes in arguments.get("meshes", meshes())]
     rows = []
@@ -115,5 +116,3 @@ def main(arguments: dict[str, Any]) -> None:
                 row |= {"curve": float(np.abs(other / straight - 1).max())}
             rows.append(row)
     print(json.dumps(rows))
-
-

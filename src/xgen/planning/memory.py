@@ -113,7 +113,7 @@ def weight_bytes(spec: Spec, sizes: Sizes) -> int:
 
 def shard_bytes(row: Weight, spec: Spec, sizes: Sizes) -> int:
     """Float32 bytes of one chip's part of a weight."""
-    parts = {**sizes._asdict(), LINE: 1}  # of fsdp, whose whole size is counted
+    parts: dict[str, int] = {**sizes._asdict(), LINE: 1}  # of fsdp, whose whole size is counted
     return FLOAT32 * math.prod(row.shape(spec)) // math.prod(parts[axis] for axis in _axes(partition(row)))
 
 

@@ -23,12 +23,12 @@ def use_compilation_cache() -> None:
 
 def peak_flops() -> float | None:
     """FLOP/s of one device's published peak; None where it is not known, as for any CPU."""
-    return PEAKS.get(jax.devices()[0].device_kind)
+    return PEAKS.get(jax.local_devices()[0].device_kind)
 
 
 def memory_limit() -> int:
     """Bytes a program may take: the accelerator's memory, or the machine's."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -36,7 +36,7 @@ def memory_limit() -> int:
 
 def peak_memory() -> int:
     """Bytes of this process's largest resident set so far; the device's own peak where it keeps one."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
     unit = 1 if sys.platform == "darwin" else 1024

@@ -48,11 +48,13 @@ def train(run: Run, state: State, clock: Clock, display: Display, signals: Signa
     remaining = range(run.recipe.stage_at(clock.tokens), len(run.recipe.stages))
     with run.world.busy("compiling"):
         programs = {index: compile_stage(run, index) for index in remaining}
+    run.world.barrier("compiled")  # gloo, of CPUs, waits half a minute for whoever comes late to a first collective
     session = _Session(run, clock, display, signals)
     with signals.deferred():
         for index in remaining:
             state = session.stage(index, programs[index][0], programs[index][1], state)
-        session.saver.wait()
+        with run.world.busy("saving"):
+            session.saver.wait()
     return state
 
 
@@ -94,6 +96,7 @@ class _Session:
         if self._layout != self.run.layouts[index]:
             self._layout = self.run.layouts[index]
             state = move(state, self.run.spec, self._layout)
+            self.run.world.barrier("moved")
         positions = range(self.clock.tokens, end, stage.batch_tokens)
         for batch in prefetch(self.run.reader, positions, rows=self._layout.rows(stage.sequences)):
             state = self._step(step, state, batch)
@@ -140,14 +143,17 @@ class _Session:
         recipe = self.run.recipe
         batch = recipe.stages[recipe.stage_at(self.clock.tokens - 1)].batch_tokens
         if ends or _due(self.clock.tokens, batch, recipe.evaluation.every):
+            self.run.world.barrier("measure")
             with self.run.world.busy("measuring"):
                 self._evaluate(state, length)
         signal = self._stop_wanted()
         if ends or signal or _due(self.clock.tokens, batch, recipe.checkpoints.every):
             self.run.recorder.sync()
-            self.saver.save(state, self.clock.tokens, self.clock.step, stage if ends else "")
+            with self.run.world.busy("saving"):
+                self.saver.save(state, self.clock.tokens, self.clock.step, stage if ends else "")
         if signal:
-            self.saver.wait()
+            with self.run.world.busy("saving"):
+                self.saver.wait()
             self._event("stopped", reason=signal)
             raise StoppedBySignal(
                 f"{signal}: saved at {self.clock.tokens:,} tokens; go on with `xgen train --resume {self.run.folder}`"

@@ -28,10 +28,11 @@ def abstract_state(spec: Spec, transformation: optax.GradientTransformation, lay
     state = State(weights, jax.eval_shape(transformation.init, weights))
     if layout.single:
         return state
-    shardings = state_shardings(state, spec, layout.mesh)
-    struct = jax.ShapeDtypeStruct
-    places = jax.tree.map(lambda leaf, place: struct(leaf.shape, leaf.dtype, sharding=place), state, shardings)
-    return cast("State", places)
+
+    def placed(leaf: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return cast("State", jax.tree.map(placed, state, state_shardings(state, spec, layout.mesh)))
 
 
 def new_weights(spec: Spec, seed: int, layout: Layout) -> Weights:
