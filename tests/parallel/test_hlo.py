@@ -35,7 +35,7 @@ def on_cpu() -> Compiled:
 @pytest.fixture(scope="module")
 def on_tpu() -> Compiled:
     if not available():
-        pytest.skip("needs the TPU compiler: pip install 'xgen[tpu]'")
+        pytest.fail("needs the TPU compiler: pip install 'xgen[tpu]', or leave it out with -m \"not oracle\"")
     return compiled("v5e:2x4")
 
 

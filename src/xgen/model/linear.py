@@ -22,13 +22,14 @@ from xgen.model.split import gather, scatter
 
 def project(
     x: Float[Array, "*T D"],
-    weight: Float[Array, "D *N"],  # noqa: UP037 - a shape, not a product
+    weight: Float[Array, "K *N"],  # noqa: UP037 - a shape, not a product
     shards: tuple[str, ...] = (),
     stored: int = 0,
 ) -> Float[Array, "*TN"]:
     """`x` times `weight` over the last axis of `x`: [*T, *N], in the type of `x`.
 
-    `shards`: mesh axes over which `weight` is stored in parts, along D (`stored` 0) or along its only other axis (1).
+    `shards`: mesh axes over which `weight` is stored in parts, along D (`stored` 0, and K is a part of D) or along its
+    only other axis (1).
     """
     leading, outputs = x.shape[:-1], weight.shape[1:]
     matrix = weight.reshape(weight.shape[0], math.prod(outputs))
