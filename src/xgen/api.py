@@ -224,17 +224,20 @@ def _finish(run: Run, state: State, clock: Clock, watched: Display, signals: Sig
 
     run.world.before_exit(lost)
     try:
-        train_stages(run, state, clock, watched, signals)
-        del state
-        with watched.task("measuring every stage's checkpoint") as task, run.world.busy("measuring"):
-            run.world.barrier("measure all")
-            measured = measure(run, task.advance)
+        with run.world.blaming():
+            train_stages(run, state, clock, watched, signals)
+            del state
+            with watched.task("measuring every stage's checkpoint") as task, run.world.busy("measuring"):
+                run.world.barrier("measure all")
+                measured = measure(run, task.advance)
         for text in measured["notes"] if measured else ["no source has held-out documents: nothing was measured"]:
             watched.note(text)
         seconds = earlier + time.perf_counter() - begin
         facts = {"seconds": seconds, "peak_memory_bytes": peak_memory()}
         run.recorder.event("finished", tokens=clock.tokens, step=clock.step, **facts)
-        found = result(run, measured, seconds)
+        found: dict[str, Any] = run.world.broadcast(
+            "result", result(run, measured, seconds) if run.world.is_writer else None
+        )
         if run.world.is_writer:
             write_report(run.folder)
     except XgenError as error:

@@ -102,7 +102,10 @@ CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "another tokenizer than the store's": (_other_tokenizer, ("source 'a'", "270", "tokenizer.name")),
     "a cut store": (_cut_store, ("tokens.bin", "bytes")),
     "too few tokens to measure on": (_train("evaluation.tokens=10"), ("evaluation.tokens", "10")),
-    "a mesh of several devices": (_train("mesh.tensor=2"), ("mesh", "tensor 2", "more than one device")),
+    "a mesh of several devices": (
+        _train("mesh.tensor=2"),
+        ("stages.0.mesh", "tensor 2", "needs a multiple of 2 devices, and 1 device is there", "--devices 2"),
+    ),
     "resumed with another model": (_resumed("model.mlp_size=64"), ("model.mlp_size", "cannot be resumed")),
     "resumed with another rate": (_resumed("optimizer.learning_rate=1"), ("optimizer.learning_rate",)),
     "resumed with an edited model": (_edited_recipe, ("96", "64")),

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from xgen import errors
 from xgen.errors import StorageError, XgenError
 
 Value = TypeVar("Value")
@@ -63,5 +64,5 @@ def agree(world: World, name: str, act: Callable[[], Value]) -> list[Value]:
 
 
 def _error(kind: str) -> type[XgenError]:
-    ours = {each.__name__: each for each in XgenError.__subclasses__()}
-    return ours.get(kind, StorageError)
+    found = vars(errors).get(kind)
+    return found if isinstance(found, type) and issubclass(found, XgenError) else StorageError

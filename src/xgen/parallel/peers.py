@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from xgen.errors import ProcessesError, StoppedByPeer
+from xgen.errors import ProcessesError, StoppedByPeer, XgenError
 from xgen.parallel.roster import Limits, Peer, Roster
 from xgen.parallel.wire import Connection, Gone, Message, listen, reach
 
@@ -357,7 +357,7 @@ class Watch:
 
     def _call_back(self) -> None:
         for callback in self._callbacks:
-            with suppress(OSError):
+            with suppress(OSError, ValueError, XgenError):
                 callback(self._news)
         with suppress(OSError, ValueError):
             sys.stdout.flush()

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from xgen.errors import ProcessesError, StoppedAtOnce, StoppedByPeer, XgenError
+from xgen.errors import NonFiniteError, ProcessesError, StoppedAtOnce, StoppedByPeer, XgenError
 from xgen.parallel.peers import Watch
 
 _FOREVER_SECONDS = 7 * 86400
@@ -81,7 +81,7 @@ class World:
         if self._watch is None:
             return local_signal
         self._watch.finished(step)
-        with self._talking():
+        with self.blaming():
             if not (asked := self._client.key_value_dir_get(_STOP)) and local_signal:
                 self._client.key_value_set(f"{_STOP}{self.index}", json.dumps([step + 1, self.index, local_signal]))
         found = min((json.loads(value) for _, value in asked), default=None)
@@ -93,7 +93,7 @@ class World:
     def barrier(self, name: str) -> None:
         """Wait until all are here. Not a collective of the devices: any thread may call it."""
         if self._watch is not None:
-            with self._talking():
+            with self.blaming():
                 self._client.wait_at_barrier(self._key(name), _FOREVER_SECONDS * 1000)
 
     def broadcast(self, name: str, value: Any = None) -> Any:
@@ -105,13 +105,14 @@ class World:
         if self._watch is None:
             return [value]
         key = self._key(name)
-        with self._talking():
+        with self.blaming():
             self._client.key_value_set(f"{key}/{self.index}", json.dumps(value))
         self.barrier(f"{name} said")
         said = ""
         if self.is_writer:  # every process reading all of them would load the coordinator with their square
-            with self._talking():
+            with self.blaming():
                 found = list(self._client.key_value_dir_get(f"{key}/"))
+                self._client.key_value_delete(f"{key}/")
             values = {int(at.rpartition("/")[2]): json.loads(text) for at, text in found}
             said = json.dumps([values[index] for index in range(self.count)])
         everything = json.loads(self._from_writer(f"{name} all", said))
@@ -158,15 +159,15 @@ class World:
         if self._watch is None:
             return text
         key = self._key(name)
-        with self._talking():
+        with self.blaming():
             if self.is_writer:
                 self._client.key_value_set(key, text)
                 return text
             return str(self._client.blocking_key_value_get(key, _FOREVER_SECONDS * 1000))
 
     @contextmanager
-    def _talking(self) -> Iterator[None]:
-        """Turn an error of the coordination service into the news of who is lost."""
+    def blaming(self) -> Iterator[None]:
+        """Turn an error of JAX's, in talking to the others or in a program over all, into the news of who is lost."""
         try:
             yield
         except (ValueError, RuntimeError) as error:
@@ -185,7 +186,8 @@ class World:
         """Tell the others that and why this process ends. Raises StoppedByPeer when one of them is the cause."""
         if self._watch is None:
             return
-        together = self._stopping and not isinstance(error, StoppedByPeer | StoppedAtOnce)
+        agreed = self._stopping or isinstance(error, NonFiniteError)  # of figures that all have alike
+        together = agreed and not isinstance(error, StoppedByPeer | StoppedAtOnce)
         if together and self._close(_TOGETHER_SECONDS):
             return
         atexit.register(_end_at_once)

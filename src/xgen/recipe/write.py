@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -16,7 +16,8 @@ from xgen.recipe.schema import Recipe
 
 
 def dump_toml(recipe: Recipe) -> str:
-    """Every value of `recipe` as TOML that `load_recipe` reads back to an equal recipe."""
+    """Every value of `recipe` as TOML that `load_recipe` reads back to an equal recipe. A stage's mesh that is [mesh]'s
+    is left out: so it goes on following that, also when a resume changes it."""
     top: list[str] = []
     tables: list[str] = []
     for name, field in Recipe.model_fields.items():
@@ -26,7 +27,8 @@ def dump_toml(recipe: Recipe) -> str:
                 tables += ["", f"[{name}]", *_lines(value)]
             case Shape.SECTIONS:
                 for section in value:
-                    tables += ["", f"[[{name}]]", *_lines(section)]
+                    left_out = {"mesh"} if getattr(section, "mesh", None) == recipe.mesh else set()
+                    tables += ["", f"[[{name}]]", *_lines(section, left_out)]
             case Shape.TABLE if value:
                 pairs = (f"{quote_key(key)} = {toml_value(field, part)}" for key, part in value.items())
                 tables += ["", f"[{name}]", *pairs]
@@ -69,9 +71,10 @@ def toml_value(field: FieldInfo, value: Any) -> str:
     return quote_text(text) if text[-1].isalpha() else text
 
 
-def _lines(section: BaseModel) -> Iterator[str]:
+def _lines(section: BaseModel, left_out: Collection[str] = ()) -> Iterator[str]:
     for name, field in type(section).model_fields.items():
-        yield f"{name} = {toml_value(field, getattr(section, name))}"
+        if name not in left_out:
+            yield f"{name} = {toml_value(field, getattr(section, name))}"
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def _scorer(run: Run, path: Path, spec: Spec) -> Score:
 
 
 def result(run: Run, measured: Measurements | None, seconds: float) -> dict[str, Any]:
-    """What `--json` prints, also kept as `result.json`. Figures that were not measured are null or empty."""
+    """What `--json` prints, by process 0; also kept as `result.json`. Figures that were not measured are null or
+    empty."""
     value: dict[str, Any] = {
         "recipe": run.recipe.name,
         "from": run.start.place if run.start is not None else None,
@@ -93,8 +94,7 @@ def result(run: Run, measured: Measurements | None, seconds: float) -> dict[str,
         "run": str(run.folder),
         "report": str(run.folder / "report.html"),
     }
-    if run.world.is_writer:
-        write_json(run.folder / RESULT, value)
+    write_json(run.folder / RESULT, value)
     return value
 
 

@@ -44,8 +44,13 @@ def _next(spec: Spec, layout: Layout) -> Callable[..., Array]:
     local = layout.spec(spec)
     local = replace(local, split=replace(local.split, batch=(), context=()))
     inputs = (weight_partitions(spec), EVERYWHERE, EVERYWHERE)
-    spread = layout.spread(lambda weights, *given: last_logits(weights, local, *given)[0], inputs, EVERYWHERE)
-    return jax.jit(spread)
+
+    def alike(weights: Weights, *given: Array) -> Array:
+        """The same to the bit everywhere, or two processes could draw different tokens."""
+        mine: Array = jax.lax.pmax(last_logits(weights, local, *given)[0], layout.mesh.axis_names)
+        return mine
+
+    return jax.jit(layout.spread(alike, inputs, EVERYWHERE))
 
 
 def scorer(weights: Callable[[], Weights], spec: Spec, layout: Layout = ONE_DEVICE) -> Score:

@@ -27,11 +27,11 @@ def peak_flops() -> float | None:
 
 
 def memory_limit() -> int:
-    """Bytes a program may take: the accelerator's memory, or the machine's."""
+    """Bytes a program may take on one device: the accelerator's memory, or an emulated one's share of the machine's."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
 def peak_memory() -> int:

@@ -52,6 +52,7 @@ def train(run: Run, state: State, clock: Clock, display: Display, signals: Signa
     session = _Session(run, clock, display, signals)
     with signals.deferred():
         for index in remaining:
+            state = session.placed(index, state)
             state = session.stage(index, programs[index][0], programs[index][1], state)
         with run.world.busy("saving"):
             session.saver.wait()
@@ -68,8 +69,9 @@ def compile_stage(run: Run, index: int) -> tuple[StepFunction, float]:
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
     if needed > memory_limit():
         raise RecipeError(
-            f"stage {stage.name!r}: a step at length {stage.length} needs {needed / 2**30:.1f} GiB, and there are "
-            f"{memory_limit() / 2**30:.1f}; lower stages.{index}.microbatch_tokens (now {stage.microbatch_tokens}), "
+            f"stage {stage.name!r}: a step at length {stage.length} needs {needed / 2**30:.1f} GiB a device, and "
+            f"there are {memory_limit() / 2**30:.1f}; lower stages.{index}.microbatch_tokens "
+            f"(now {stage.microbatch_tokens}), "
             f'or set stages.{index}.remat = "block" (now "{stage.remat}")'
         )
     return compiled, time.perf_counter() - begin
@@ -86,6 +88,16 @@ class _Session:
         self._layout = run.layout_at(clock.tokens)
         self._peak = peak_flops()
 
+    def placed(self, index: int, state: State) -> State:
+        """The state on the mesh of stage `index`; the caller lets go of the one on the mesh before."""
+        if self._layout == self.run.layouts[index]:
+            return state
+        self._layout = self.run.layouts[index]
+        self.run.world.barrier("move")
+        state = move(state, self.run.spec, self._layout)
+        self.run.world.barrier("moved")
+        return state
+
     def stage(self, index: int, step: StepFunction, compile_seconds: float, state: State) -> State:
         """Train the rest of one stage."""
         stage, end = self.run.recipe.stages[index], self.run.recipe.stage_start(index + 1)
@@ -93,10 +105,6 @@ class _Session:
         if self.clock.tokens == self.run.recipe.stage_start(index):
             facts = {"stage": stage.name, "length": stage.length, "stage_tokens": stage.spent}
             self._event("stage_started", compile_seconds=compile_seconds, **facts)
-        if self._layout != self.run.layouts[index]:
-            self._layout = self.run.layouts[index]
-            state = move(state, self.run.spec, self._layout)
-            self.run.world.barrier("moved")
         positions = range(self.clock.tokens, end, stage.batch_tokens)
         for batch in prefetch(self.run.reader, positions, rows=self._layout.rows(stage.sequences)):
             state = self._step(step, state, batch)
@@ -148,8 +156,8 @@ class _Session:
                 self._evaluate(state, length)
         signal = self._stop_wanted()
         if ends or signal or _due(self.clock.tokens, batch, recipe.checkpoints.every):
-            self.run.recorder.sync()
             with self.run.world.busy("saving"):
+                self.run.recorder.sync()
                 self.saver.save(state, self.clock.tokens, self.clock.step, stage if ends else "")
         if signal:
             with self.run.world.busy("saving"):
@@ -176,6 +184,7 @@ class _Session:
             state.weights, self.run.spec, self.held_out, length, self.run.tokenizer.byte_lengths, self._layout
         )
         if not math.isfinite(found.loss):
+            self.saver.wait()
             raise NonFiniteError(
                 f"held-out loss after step {self.clock.step} ({self.clock.tokens:,} tokens) is {found.loss}: the "
                 "weights have run away; the checkpoints before it are kept. Lower optimizer.learning_rate, in a new run"
@@ -192,8 +201,9 @@ class _Session:
 
     def _stop_non_finite(self, state: State, batch: Batch, metrics: Metrics) -> None:
         """Save the weights as they were before the step, and name what it would have learnt from."""
-        self.saver.save(state, self.clock.tokens, self.clock.step, "")
-        self.saver.wait()
+        with self.run.world.busy("saving"):
+            self.saver.save(state, self.clock.tokens, self.clock.step, "")
+            self.saver.wait()
         names = list(dict.fromkeys(f"{s.source}:{s.name}" for s in self.run.reader.documents(batch.position)))
         self._event("stopped", reason="non-finite", failed_step=self.clock.step + 1, documents=names)
         shown = ", ".join(names[:_NAMED_DOCUMENTS])

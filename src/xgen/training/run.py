@@ -132,6 +132,7 @@ def create(
     if not prepared:
         resolved = Recipe.model_validate(told)
         prepared.append(Prepared(resolved, *reopen_sources(resolved, folder, folder / STORES)))
+        _check_sources(folder, prepared[0].stores)
     run = _assemble(prepared[0], folder, world)
     run.recorder.cut_back(-1)
     if world.is_writer:
@@ -226,6 +227,7 @@ def _take_over(run: Run, opened: Opened, progress: Progress | None) -> Start | N
         weights, digest = place_weights(
             opened.source, places, lambda share: progress(what, share) if progress is not None else None
         )
+    run.world.agree(f"the weights of {opened.place}", {"sha256": digest})
     if run.world.is_writer:
         write_json(run.folder / START_FILE, start_json(opened, digest))
     saver = Saver(run.folder / CHECKPOINTS, run.recipe.checkpoints, lambda _: None, run.world)
@@ -243,8 +245,8 @@ def reopen(recipe: Recipe, folder: Path, world: World = ALONE) -> Run:
     if changed:
         raise RecipeError(
             f"{folder} cannot be resumed with another {', '.join(changed)}: the weights, batches and schedule so far "
-            f"depend on it; only checkpoints.*, evaluation.*, meshes, microbatch_tokens and remat may change. Start a "
-            "new run instead"
+            f"depend on it; only checkpoints.*, evaluation.*, meshes, microbatch_tokens, remat and compute.exchange "
+            "may change. Start a new run instead"
         )
     layouts_of(recipe)
     stores, tokenizer = reopen_sources(recipe, folder, folder / STORES)
