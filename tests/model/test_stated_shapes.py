@@ -19,7 +19,7 @@ def test_a_wrong_shape_is_caught():
     with pytest.raises(TypeCheckError):
         layers.norm(jnp.zeros((2, 32)), jnp.zeros(31), None, model)
     with pytest.raises(TypeCheckError):
-        linear.project(jnp.zeros((2, 32)), jnp.zeros((31, 4)))
+        rope.rotate(jnp.zeros((1, 5, 4, 8)), jnp.zeros((1, 4, 1, 4)), jnp.zeros((1, 5, 1, 4)))
     with pytest.raises(TypeCheckError):
         attend(jnp.zeros((1, 5, 4, 8)), jnp.zeros((1, 5, 2, 8)), jnp.zeros((1, 5, 4, 8)), jnp.zeros((1, 5), jnp.int32))
     with pytest.raises(TypeCheckError):
