@@ -52,6 +52,7 @@ class World:
         another one's end caused here becomes StoppedByPeer. At its end, with `closing`, all wait for each other."""
         try:
             yield self
+        # All of it: whatever ends this process, an interrupt too, the others wait for it and are to be told.
         except BaseException as error:
             self._leave(error)
             raise
