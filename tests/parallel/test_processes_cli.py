@@ -1,28 +1,41 @@
-"""`xgen train` as two real processes: one speaks, a signal to one saves on both, and one process can go on."""
+"""`xgen train` as real processes: one speaks, a signal to one saves on all, four measure what one does."""
 
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from micro_runs import Done, Micro, assert_one_error, lines, micro, run_process, start
+from micro_runs import Done, Micro, assert_one_error, lines, micro, run_process, start, untimed
 from processes import STOPPED, free_port
 
 __all__ = ["micro"]
 
+Popen = subprocess.Popen[str]
 
-def both(*arguments: object) -> list[subprocess.Popen[str]]:
-    """The command as two processes."""
+
+MESH_OF_EACH_STAGE = (
+    "stages.0.mesh.fsdp=4",
+    *("stages.1.mesh.replica=2", "stages.1.mesh.fsdp=1", "stages.1.mesh.tensor=2"),
+    *("stages.2.mesh.fsdp=2", "stages.2.mesh.context=2"),
+)
+
+
+def together(*arguments: object, count: int = 2, patches: Mapping[int, str] | None = None) -> list[Popen]:
+    """The command as `count` processes. `patches`: code that some run first, by process."""
     address = f"127.0.0.1:{free_port()}"
-    shared = ("--coordinator", address, "--processes", 2, "--wait", 120)
-    return [start("train", *arguments, *shared, "--process", index) for index in range(2)]
+    shared = ("--coordinator", address, "--processes", count, "--wait", 120)
+    patched = patches or {}
+    return [start("train", *arguments, *shared, "--process", n, patch=patched.get(n, "")) for n in range(count)]
 
 
-def ended(processes: list[subprocess.Popen[str]]) -> list[Done]:
+def ended(processes: list[Popen]) -> list[Done]:
     """How all ended; none is left behind."""
     try:
         told = [process.communicate(timeout=400) for process in processes]
@@ -33,15 +46,14 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[Done]:
     return [Done(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
 
 
-def after_steps(count: int, run: Path, processes: list[subprocess.Popen[str]]) -> None:
-
+def after_steps(count: int, run: Path, processes: list[Popen]) -> None:
     while len(lines(run)) < count and all(process.poll() is None for process in processes):
         time.sleep(0.02)
 
 
 @pytest.mark.slow
 def test_only_the_first_process_speaks_and_standard_output_is_json(micro: Micro, tmp_path: Path) -> None:
-    first, second = ended(both(micro.recipe, "--run", tmp_path / "run", "mesh.fsdp=2", "--json", "-"))
+    first, second = ended(together(micro.recipe, "--run", tmp_path / "run", "mesh.fsdp=2", "--json", "-"))
     assert (first.code, second.code) == (0, 0), (first.err, second.err)
     result: dict[str, Any] = json.loads(first.out)
     assert result["tokens"] == micro.result["tokens"]
@@ -50,10 +62,48 @@ def test_only_the_first_process_speaks_and_standard_output_is_json(micro: Micro,
     assert losses == pytest.approx(alone, rel=1e-4)
 
 
+def measured(run: Path) -> dict[str, Any]:
+    """All that a run tells of its model: each step's line without its times, the evaluations with the texts that were
+    written, and the measurement after training; by dotted name."""
+    events = [line for line in lines(run, "events.jsonl") if line["kind"] in ("evaluation", "sample")]
+    for line in events:
+        line.pop("seconds", None)
+        line.pop("time")
+    after = json.loads((run / "evals" / "after_training.json").read_text())
+    return dict(flat({"steps": untimed(run), "events": events, "after": after}))
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested JSON."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from flat(item, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+@pytest.mark.slow
+def test_four_processes_measure_what_one_does(micro: Micro, tmp_path: Path) -> None:
+    """Every figure within 1e-5 in float32, over three stages of which each has its own mesh; texts to the letter."""
+    alone, four = tmp_path / "alone", tmp_path / "four"
+    done = run_process("train", micro.recipe, "compute.precision=float32", "--run", alone, "--quiet")
+    assert done.code == 0, done.err
+    for one in ended(together(micro.recipe, "compute.precision=float32", "--run", four, *MESH_OF_EACH_STAGE, count=4)):
+        assert one.code == 0, one.err
+    wanted, found = measured(alone), measured(four)
+    assert found.keys() == wanted.keys()
+    assert sum(name.endswith(".grad_norm") for name in wanted) == 20
+    assert sum(".loss_by_position." in name for name in wanted) > 20
+    figures = {name for name, value in wanted.items() if isinstance(value, float)}
+    print("largest difference:", max(abs(found[name] - wanted[name]) / max(1, abs(wanted[name])) for name in figures))
+    assert {n: found[n] for n in figures} == pytest.approx({n: wanted[n] for n in figures}, rel=1e-5, abs=1e-5)
+    assert {n: found[n] for n in found.keys() - figures} == {n: wanted[n] for n in wanted.keys() - figures}
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_saves_on_both_and_one_process_goes_on(micro: Micro, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    processes = both(micro.recipe, "--run", run, "mesh.fsdp=2")
+    processes = together(micro.recipe, "--run", run, "mesh.fsdp=2")
     after_steps(3, run, processes)
     processes[1].terminate()
     first, second = ended(processes)
@@ -69,11 +119,43 @@ def test_a_signal_to_one_saves_on_both_and_one_process_goes_on(micro: Micro, tmp
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_kill_of_one_ends_the_other(lost: int, micro: Micro, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    processes = both(micro.recipe, "--run", run, "mesh.fsdp=2")
+    processes = together(micro.recipe, "--run", run, "mesh.fsdp=2")
     after_steps(4, run, processes)
     processes[lost].kill()
     other = ended(processes)[1 - lost]
-    assert_one_error(other, STOPPED, f"process {lost} (", "died after step", "xgen train --resume")
+    told = assert_one_error(other, STOPPED, f"process {lost} (", "died after step", "xgen train --resume")
+    if lost == 0:
+        assert all(event["kind"] != "stopped" for event in lines(run, "events.jsonl")), "nobody is left to write it"
+    else:
+        assert stop_in_the_log(run, processes[lost], "died") in told
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_in_the_log(micro: Micro, tmp_path: Path) -> None:
+    """The writer is ended within a collective, and another thread than its main one writes the stop."""
+    run = tmp_path / "run"
+    processes = together(micro.recipe, "--run", run, "mesh.fsdp=2")
+    after_steps(4, run, processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    try:
+        [writer] = ended(processes[:1])
+    finally:
+        processes[1].kill()
+        processes[1].wait()
+    print("seconds until the writer had ended:", round(time.monotonic() - begin, 1))
+    told = assert_one_error(writer, STOPPED)
+    assert stop_in_the_log(run, processes[1], "hangs") in told
+
+
+def stop_in_the_log(run: Path, lost: Popen, how: str) -> str:
+    """The reason that the log's last event tells, which must name process 1 and the step that it was last known at."""
+    stopped, last = lines(run, "events.jsonl")[-1], lines(run)[-1]
+    assert (stopped["kind"], stopped["step"], stopped["tokens"]) == ("stopped", last["step"], last["tokens"])
+    found = re.match(rf"process 1 \(.*, pid {lost.pid}\) {how} after step (\d+)", stopped["reason"])
+    assert found, stopped["reason"]
+    assert abs(int(found[1]) - stopped["step"]) <= 1
+    return str(stopped["reason"])
 
 
 def test_devices_of_one_process(micro: Micro, tmp_path: Path) -> None:
