@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import gcd, isqrt
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -10,6 +13,7 @@ from xgen.model import Spec
 from xgen.model.weights import Axis, Weight, Weights, abstract, map_rows
 from xgen.parallel.mesh import LINE, Sizes
 from xgen.recipe.schema import Model, Stage
+from xgen.recipe.units import format_length
 
 RULES: dict[Axis, tuple[str, ...]] = {
     "layer": (),
@@ -60,21 +64,74 @@ def state_shardings(tree: object, spec: Spec, mesh: jax.sharding.Mesh) -> object
 
 def require_even(model: Model, stage: Stage, sizes: Sizes, place: str) -> None:
     """Raise RecipeError when a part would be uneven, with values that would fit. `place`: the stage's key."""
-    shards, rows = sizes.fsdp * sizes.context, stage.microbatch_tokens // stage.length
-    ways = sizes.replica * sizes.fsdp
-    checks = [
-        ("tensor", sizes.tensor, "model.heads", model.heads),
-        ("tensor", sizes.tensor, "model.kv_heads", model.kv_heads),
-        ("tensor", sizes.tensor, "model.mlp_size", model.mlp_size),
-        ("tensor", sizes.tensor, "model.vocab_size", model.vocab_size),
-        ("fsdp x context", shards, "model.hidden_size", model.hidden_size),
-        ("replica x fsdp", ways, f"the {rows} sequences of {place}.microbatch_tokens", rows),
-        ("2 x context", 2 * sizes.context if sizes.context > 1 else 1, f"{place}.length", stage.length),
-    ]
-    for axes, parts, what, size in checks:
-        if size % parts:
-            fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0 and n <= 4 * parts)
-            raise RecipeError(
-                f"{place}: the mesh's {axes} {parts} does not divide {what}"
-                f"{'' if what.startswith('the ') else f' ({size})'}; {axes} could be {fitting}"
-            )
+    checks = (_tensor(model, sizes, place), _shards(model, sizes, place), _rows(stage, sizes, place))
+    for told in (*checks, _columns(stage, sizes, place)):
+        if told:
+            raise RecipeError(told)
+
+
+def _tensor(model: Model, sizes: Sizes, place: str) -> str:
+    cut = {key: getattr(model, key) for key in ("heads", "kv_heads", "mlp_size", "vocab_size")}
+    uneven = next((key for key, size in cut.items() if size % sizes.tensor), None)
+    if uneven is None:
+        return ""
+    fitting = _divisors(gcd(sizes.devices, *cut.values()))
+    told = f"{place}.mesh.tensor: {sizes.tensor} does not divide model.{uneven} {cut[uneven]}"
+    return f"{told}; use {_near(sizes.tensor, fitting)}"
+
+
+def _shards(model: Model, sizes: Sizes, place: str) -> str:
+    """Of the weights along the hidden size."""
+    width, shards = model.hidden_size, sizes.fsdp * sizes.context
+    if width % shards == 0:
+        return ""
+    told = f"{place}.mesh: fsdp {sizes.fsdp} x context {sizes.context} does not divide model.hidden_size {width}"
+    if width % sizes.context:
+        fitting = _divisors(gcd(sizes.devices // sizes.tensor, width))
+        return f"{told}; use context {_near(sizes.context, fitting)}"
+    fitting = _divisors(gcd(sizes.replica * sizes.fsdp, width // sizes.context))
+    return f"{told}; use fsdp {_near(sizes.fsdp, fitting)}, and replica for the other devices"
+
+
+def _rows(stage: Stage, sizes: Sizes, place: str) -> str:
+    """Of a microbatch."""
+    rows, ways = stage.microbatch_tokens // stage.length, sizes.replica * sizes.fsdp
+    if rows % ways == 0:
+        return ""
+    fewer = _near(ways, _divisors(gcd(rows, ways)))
+    told = (
+        f"{place}.microbatch_tokens: {format_length(stage.microbatch_tokens)} is {rows} sequence"
+        f"{'s' if rows > 1 else ''} of {format_length(stage.length)}, which cannot be dealt out evenly to replica "
+        f"{sizes.replica} x fsdp {sizes.fsdp} devices"
+    )
+    mesh = f"replica x fsdp of {fewer}, with more devices along {place}.mesh.context or tensor"
+    once = ways * stage.length
+    if stage.batch_tokens % once == 0:
+        fitting = [once * each for each in _divisors(stage.batch_tokens // once)]
+        return f"{told}; use {_near(stage.microbatch_tokens, fitting, format_length)}, or {mesh}"
+    whole = -(-stage.batch_tokens // once) * once
+    return f"{told}; use {mesh}, or {format_length(once)} with {place}.batch_tokens {format_length(whole)}"
+
+
+def _columns(stage: Stage, sizes: Sizes, place: str) -> str:
+    """Of a sequence: each context part has two stretches of it."""
+    if sizes.context == 1 or stage.length % (2 * sizes.context) == 0:
+        return ""
+    fitting = [parts for parts in _divisors(sizes.devices) if parts == 1 or stage.length % (2 * parts) == 0]
+    return (
+        f"{place}.mesh.context: {sizes.context} parts of two stretches each do not divide {place}.length "
+        f"{format_length(stage.length)}; use {_near(sizes.context, fitting)}"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    small = [each for each in range(1, isqrt(number) + 1) if number % each == 0]
+    return sorted({*small, *(number // each for each in small)})
+
+
+def _near(wanted: int, fitting: list[int], written: Callable[[int], str] = str) -> str:
+    """Two of `fitting` below what was wanted and two above: "2, 4 or 8"."""
+    *others, last = map(
+        written, [each for each in fitting if each < wanted][-2:] + [each for each in fitting if each > wanted][:2]
+    )
+    return f"{', '.join(others)} or {last}" if others else last
