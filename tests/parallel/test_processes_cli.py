@@ -161,3 +161,29 @@ def stop_in_the_log(run: Path, lost: Popen, how: str) -> str:
 def test_devices_of_one_process(micro: Micro, tmp_path: Path) -> None:
     done = run_process("train", micro.recipe, "--run", tmp_path / "run", "--devices", 3, "mesh.fsdp=2")
     assert_one_error(done, 2, "3 devices")
+
+
+COMPILES_LATE = """
+import time, jax, xgen.training.after as after
+measure, waiting = after.measure_checkpoints, []
+def late(event, seconds, **more):
+    if waiting and event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+        waiting.clear()
+        time.sleep(40)
+def measure_late(*arguments, **more):
+    waiting.append(True)
+    return measure(*arguments, **more)
+after.measure_checkpoints = measure_late
+jax.monitoring.register_event_duration_secs_listener(late)
+"""
+
+
+@pytest.mark.slow
+def test_one_that_compiles_the_measurement_late_is_waited_for(micro: Micro, tmp_path: Path) -> None:
+    """gloo gives up after 30 seconds when not all come to the first collective of a group. Of a run that is trained to
+    its end, it is the measurement's."""
+    run = micro.copy(tmp_path / "run")
+    begin = time.monotonic()
+    for done in ended(together("--resume", run, "mesh.fsdp=2", patches={1: COMPILES_LATE})):
+        assert done.code == 0, done.err
+    assert time.monotonic() - begin > 40

@@ -39,7 +39,8 @@ class World:
         self.index, self.count = index, count
         self._watch = watch
         self._used: Counter[str] = Counter()
-        self._begun = self._stopping = False
+        self._program: str | None = None
+        self._stopping = False
 
     @property
     def is_writer(self) -> bool:
@@ -59,18 +60,25 @@ class World:
         if closing and not self._close():
             raise ProcessesError("the processes could not end together, though all of them had done their work")
 
-    def begins(self, step: int) -> None:
-        """The step's batch is there and its program is about to run. Tells hung processes from waiting ones.
+    def begins(self, step: int, program: str = "") -> None:
+        """The step's batch is there and its `program` is about to run. Tells hung processes from waiting ones.
 
-        The first time all wait for each other: they may have compiled for long, and gloo gives up after 30 seconds when
-        the others come later than that to a group's first collective (to later ones they may come when they like).
+        A program that is not the one of the step before is `ready`.
         """
         if self._watch is None:
             return
-        if not self._begun:
-            self.barrier("first step")
-            self._begun = True
+        if program != self._program:
+            self.ready(f"step of {program}")
+            self._program = program
         self._watch.begins(step)
+
+    def ready(self, program: str) -> None:
+        """`program` is compiled here, what it needs is there, and it is about to run for the first time: wait for all.
+
+        They may take long to compile, each in its own time, and gloo gives up after 30 seconds when the others come
+        later than that to a group's first collective (to later ones they may come when they like).
+        """
+        self.barrier(f"ready: {program}")
 
     def stop_wanted(self, step: int, local_signal: str | None) -> str | None:
         """The signal for which all processes stop after this step, the same answer on all; None to go on.

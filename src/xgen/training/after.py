@@ -72,7 +72,7 @@ def _scorer(run: Run, path: Path, spec: Spec) -> Score:
             return read_weights(path, spec)
         return read_weights(path, spec, weight_shardings(spec, layout), run.world)
 
-    return scorer(weights, spec, layout)
+    return scorer(weights, spec, layout, run.world)
 
 
 def result(run: Run, measured: Measurements | None, seconds: float) -> dict[str, Any]:

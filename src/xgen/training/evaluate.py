@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import cast
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
 from xgen.measure import HeldOut, Sample, Score, loss_by_position, position_bins, sample, strided_loss
-from xgen.model import Spec, Weights, last_logits, nll
+from xgen.model import Spec, Weights, abstract, last_logits, nll
 from xgen.model.split import zigzag
-from xgen.parallel.program import EVERYWHERE, ONE_DEVICE, Layout
+from xgen.parallel.program import EVERYWHERE, ONE_DEVICE, Layout, weight_shardings
 from xgen.parallel.rules import TOKENS, weight_partitions
+from xgen.parallel.world import World
 from xgen.tokens.tokenizer import Tokenizer
 
 # The held-out text of the loop is a part of the one measured at the end, and is seen in windows that do not overlap.
@@ -25,22 +27,36 @@ _SAMPLE_WINDOW = 64
 _TEMPERATURE = 0.8
 
 
+Program = Callable[..., Array]
+"""Compiled for arguments of certain shapes, weights first."""
+
+
 @lru_cache
-def _score(spec: Spec, layout: Layout) -> Callable[..., Array]:
-    """`nll` of whole arrays; on a mesh the result is whole everywhere, its columns as they are stored."""
-    if layout.single:
-        return jax.jit(lambda weights, *batch: nll(weights, spec, *batch))
+def _score_one(spec: Spec) -> Program:
+    """`nll` on one device; compiled once a shape."""
+    return jax.jit(lambda weights, *batch: nll(weights, spec, *batch))
+
+
+@lru_cache
+def _score(spec: Spec, layout: Layout, rows: int, columns: int) -> Program:
+    """`nll` of whole arrays of this shape on a mesh; the result is whole everywhere, its columns as they are stored."""
     local = layout.spec(spec)
     inputs = (weight_partitions(spec), *[TOKENS] * 4)
     spread = layout.spread(lambda weights, *batch: nll(weights, local, *batch), inputs, TOKENS)
-    return jax.jit(spread, out_shardings=layout.sharding(EVERYWHERE))
+    batch = [jax.ShapeDtypeStruct((rows, columns), np.int32, sharding=layout.tokens)] * 4
+    program = jax.jit(spread, out_shardings=layout.sharding(EVERYWHERE))
+    return program.lower(_placed_weights(spec, layout), *batch).compile()
 
 
 @lru_cache
-def _next(spec: Spec, layout: Layout) -> Callable[..., Array]:
-    """`last_logits` of one row; on a mesh every device computes it from the same tokens."""
-    if layout.single:
-        return jax.jit(lambda weights, ids, length: last_logits(weights, spec, ids, length)[0])
+def _next_one(spec: Spec) -> Program:
+    """`last_logits` of one row, on one device."""
+    return jax.jit(lambda weights, ids, length: last_logits(weights, spec, ids, length)[0])
+
+
+@lru_cache
+def _next(spec: Spec, layout: Layout, window: int) -> Program:
+    """`last_logits` of one row so wide on a mesh, where every device computes it from the same tokens."""
     local = layout.spec(spec)
     local = replace(local, split=replace(local.split, batch=(), context=()))
     inputs = (weight_partitions(spec), EVERYWHERE, EVERYWHERE)
@@ -50,21 +66,39 @@ def _next(spec: Spec, layout: Layout) -> Callable[..., Array]:
         mine: Array = jax.lax.pmax(last_logits(weights, local, *given)[0], layout.mesh.axis_names)
         return mine
 
-    return jax.jit(layout.spread(alike, inputs, EVERYWHERE))
+    given = [jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.sharding(EVERYWHERE)) for shape in ((1, window), ())]
+    return jax.jit(layout.spread(alike, inputs, EVERYWHERE)).lower(_placed_weights(spec, layout), *given).compile()
 
 
-def scorer(weights: Callable[[], Weights], spec: Spec, layout: Layout = ONE_DEVICE) -> Score:
-    """A `Score` over the weights, which are fetched at the first call; compiled once a shape."""
+def _placed_weights(spec: Spec, layout: Layout) -> Weights:
+    """Shapes of the weights and where they lie."""
+
+    def placed(leaf: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return cast("Weights", jax.tree.map(placed, abstract(spec), weight_shardings(spec, layout)))
+
+
+def scorer(
+    weights: Callable[[], Weights], spec: Spec, layout: Layout = ONE_DEVICE, world: World | None = None
+) -> Score:
+    """A `Score` over the weights, which are fetched at the first call; compiled once a shape. All of `world`, the
+    processes that hold them, call it together."""
     held: list[Weights] = []
+    met: set[tuple[int, int]] = set()
 
     def score(ids: np.ndarray, targets: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> np.ndarray:
         if not held:
             held.append(weights())
-        batch, program = (ids, targets, segments, positions), _score(spec, layout)
+        batch = (ids, targets, segments, positions)
         if layout.single:
-            return np.asarray(program(held[0], *batch))
+            return np.asarray(_score_one(spec)(held[0], *batch))
         wide = [_whole_parts(array, layout) for array in batch]
         rows, columns = wide[0].shape
+        program = _score(spec, layout, rows, columns)
+        if world is not None and (rows, columns) not in met:
+            world.ready(f"loss of {rows} x {columns} tokens")
+            met.add((rows, columns))
         found = program(held[0], *[layout.place(array, rows, slice(0, rows)) for array in wide])
         natural = np.argsort(zigzag(columns, layout.sizes.context))
         return np.asarray(found)[: ids.shape[0], natural[: ids.shape[1]]]
@@ -96,10 +130,11 @@ def evaluate(
     length: int,
     byte_lengths: np.ndarray,
     layout: Layout = ONE_DEVICE,
+    world: World | None = None,
 ) -> LoopEvaluation:
     """Loss over windows of `length` tokens of the held-out documents, one beside the other; and by position, as far
     as documents are long enough for it."""
-    score = scorer(lambda: weights, spec, layout)
+    score = scorer(lambda: weights, spec, layout, world)
     whole = strided_loss(score, held_out.ids, length, length, byte_lengths)
     by_position = loss_by_position(score, held_out.ids, length)
     bins = zip(position_bins(length), by_position.loss.sum(axis=0), by_position.tokens.sum(axis=0), strict=True)
@@ -123,12 +158,17 @@ def write_sample(
     document: HeldOut,
     seed: int,
     layout: Layout = ONE_DEVICE,
+    world: World | None = None,
 ) -> tuple[str, str]:
     """A held-out document's first words, and what the model makes of them (temperature 0.8, seeded)."""
     prompt = document.ids[: 1 + _PROMPT_TOKENS].tolist()
 
+    program = _next_one(spec) if layout.single else _next(spec, layout, _SAMPLE_WINDOW)
+    if world is not None:
+        world.ready("next token")
+
     def next_logits(ids: np.ndarray, length: int) -> np.ndarray:
-        return np.asarray(_next(spec, layout)(weights, np.asarray(ids), np.int32(length)))
+        return np.asarray(program(weights, layout.constant(np.asarray(ids)), layout.constant(np.int32(length))))
 
     new = sample(
         next_logits,

@@ -48,7 +48,6 @@ def train(run: Run, state: State, clock: Clock, display: Display, signals: Signa
     remaining = range(run.recipe.stage_at(clock.tokens), len(run.recipe.stages))
     with run.world.busy("compiling"):
         programs = {index: compile_stage(run, index) for index in remaining}
-    run.world.barrier("compiled")  # gloo, of CPUs, waits half a minute for whoever comes late to a first collective
     session = _Session(run, clock, display, signals)
     with signals.deferred():
         for index in remaining:
@@ -93,10 +92,8 @@ class _Session:
         if self._layout == self.run.layouts[index]:
             return state
         self._layout = self.run.layouts[index]
-        self.run.world.barrier("move")
-        state = move(state, self.run.spec, self._layout)
-        self.run.world.barrier("moved")
-        return state
+        self.run.world.ready("move")
+        return move(state, self.run.spec, self._layout)
 
     def stage(self, index: int, step: StepFunction, compile_seconds: float, state: State) -> State:
         """Train the rest of one stage."""
@@ -119,7 +116,7 @@ class _Session:
         rows = self._layout.rows(stage.sequences)
         arrays = (batch.ids, batch.targets, batch.segments, batch.positions)
         tokens = Tokens(*[self._layout.place(array, stage.sequences, rows) for array in arrays])
-        self.run.world.begins(self.clock.step + 1)
+        self.run.world.begins(self.clock.step + 1, stage.name)
         state, metrics = step(state, tokens, self._layout.constant(np.float32(rate)))
         metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - begin
@@ -151,7 +148,6 @@ class _Session:
         recipe = self.run.recipe
         batch = recipe.stages[recipe.stage_at(self.clock.tokens - 1)].batch_tokens
         if ends or _due(self.clock.tokens, batch, recipe.evaluation.every):
-            self.run.world.barrier("measure")
             with self.run.world.busy("measuring"):
                 self._evaluate(state, length)
         signal = self._stop_wanted()
@@ -180,9 +176,8 @@ class _Session:
         if self.held_out is None:
             return
         begin = time.perf_counter()
-        found = evaluate(
-            state.weights, self.run.spec, self.held_out, length, self.run.tokenizer.byte_lengths, self._layout
-        )
+        run, lengths = self.run, self.run.tokenizer.byte_lengths
+        found = evaluate(state.weights, run.spec, self.held_out, length, lengths, self._layout, run.world)
         if not math.isfinite(found.loss):
             self.saver.wait()
             raise NonFiniteError(
@@ -193,9 +188,9 @@ class _Session:
         facts = {"loss": found.loss, "loss_by_position": found.loss_by_position, "documents": found.documents}
         seconds = time.perf_counter() - begin
         self._event("evaluation", length=length, held_out_tokens=found.tokens, **facts, seconds=seconds)
-        for document in self.held_out.documents[: self.run.recipe.evaluation.samples]:
+        for document in self.held_out.documents[: run.recipe.evaluation.samples]:
             prompt, text = write_sample(
-                state.weights, self.run.spec, self.run.tokenizer, document, self.clock.tokens, self._layout
+                state.weights, run.spec, run.tokenizer, document, self.clock.tokens, self._layout, run.world
             )
             self._event("sample", prompt=prompt, text=text, document=document.name)
 
