@@ -67,9 +67,10 @@ def train(
     each of which calls this. Returns the result (docs/reference/run-folder.md lists its keys). Raises the errors of
     `xgen.errors`.
     """
+    from xgen.parallel.world import World
     from xgen.recipe.load import require_base
     from xgen.training.hardware import use_compilation_cache
-    from xgen.training.run import ALONE, Clock, create, first_state, too_short
+    from xgen.training.run import Clock, create, first_state, too_short
     from xgen.training.signals import Signals
     from xgen.training.start import open_start
 
@@ -79,7 +80,7 @@ def train(
     wanted = recipe if isinstance(recipe, Recipe) else _resolved(recipe, overrides, base)
     if base is not None:
         require_base(wanted, base)
-    processes = world or ALONE
+    processes = world or World()
     with signals.installed():
         use_compilation_cache()
         processes.agree("the recipe", wanted.model_dump(mode="json"))
@@ -106,8 +107,9 @@ def resume(
     `microbatch_tokens`, `remat` and `compute.exchange`. `world` is as for `train`; how many processes there were before
     does not matter.
     """
+    from xgen.parallel.world import World
     from xgen.training.hardware import use_compilation_cache
-    from xgen.training.run import ALONE, reopen, restore
+    from xgen.training.run import reopen, restore
     from xgen.training.signals import Signals
 
     begin, watched, signals = time.perf_counter(), display or Silent(), Signals()
@@ -115,7 +117,7 @@ def resume(
     wanted = resolve_run(folder, overrides)
     with signals.installed():
         use_compilation_cache()
-        processes = world or ALONE
+        processes = world or World()
         processes.agree("the recipe", wanted.model_dump(mode="json"))
         opened = reopen(wanted, folder, processes)
         damaged: list[str] = []

@@ -18,7 +18,7 @@ from mesh_processes import SIZES
 from xgen.checkpoints import manifest
 from xgen.checkpoints.local import HostParts, cells, extents, grid_of
 from xgen.checkpoints.manifest import PARTIAL, damage, list_checkpoints, newest_whole
-from xgen.checkpoints.world import agree
+from xgen.checkpoints.processes import agree
 from xgen.errors import CheckpointError, RecipeError, StorageError
 from xgen.recipe.schema import Checkpoints
 from xgen.training import checkpoints

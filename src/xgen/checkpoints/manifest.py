@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from xgen.checkpoints.world import ALONE, World, agree
+from xgen.checkpoints.processes import ALONE, Processes, agree
 from xgen.errors import CheckpointError, StorageError
 from xgen.recipe.schema import Section
 
@@ -92,7 +92,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     return found
 
 
-def damage(path: Path, *, contents: bool = True, world: World = ALONE) -> list[str]:
+def damage(path: Path, *, contents: bool = True, world: Processes = ALONE) -> list[str]:
     """What is wrong with the checkpoint at `path`: every missing or altered file by name; [] when whole.
 
     Without `contents` no file is read: whether each is there and has its size is all that is looked at. All of `world`
@@ -111,7 +111,7 @@ def damage(path: Path, *, contents: bool = True, world: World = ALONE) -> list[s
     return list(dict.fromkeys(fault for said in everyone for fault in said))
 
 
-def _share(files: Mapping[str, File], world: World) -> set[str]:
+def _share(files: Mapping[str, File], world: Processes) -> set[str]:
     """The files that this process reads: each is read by one, and all read about as many bytes."""
     shares: list[set[str]] = [set() for _ in range(world.count)]
     loads = [0] * world.count
@@ -137,7 +137,7 @@ def _altered(file: Path) -> str:
     return f"{file} has changed since it was written (SHA-256 differs)"
 
 
-def newest_whole(folder: Path, report: Callable[[str], None], world: World = ALONE) -> Checkpoint | None:
+def newest_whole(folder: Path, report: Callable[[str], None], world: Processes = ALONE) -> Checkpoint | None:
     """The newest undamaged checkpoint. Each damaged newer one is reported by name and set aside as `NAME.damaged`.
 
     All of `world` call this together: process 0 says which there are and sets aside, and all report the same.
@@ -156,7 +156,7 @@ def newest_whole(folder: Path, report: Callable[[str], None], world: World = ALO
     return None
 
 
-def _set_aside(path: Path, aside: Path, world: World) -> None:
+def _set_aside(path: Path, aside: Path, world: Processes) -> None:
     if world.index:
         return
     try:
@@ -202,7 +202,7 @@ def _numbered(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
 
 
-def require_whole(path: Path, *, contents: bool = True, world: World = ALONE) -> Manifest:
+def require_whole(path: Path, *, contents: bool = True, world: Processes = ALONE) -> Manifest:
     """The manifest of the checkpoint at `path`. Raises CheckpointError when `damage` finds any."""
     wrong = damage(path, contents=contents, world=world)
     manifest = read_manifest(path)

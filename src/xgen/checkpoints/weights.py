@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from xgen.checkpoints.manifest import Manifest, require_whole
+from xgen.checkpoints.processes import ALONE, Processes, agree
 from xgen.checkpoints.stored import open_stored, parts, placed, read_parts
-from xgen.checkpoints.world import ALONE, World, agree
 from xgen.model import Spec, Weights, as_dict, from_dict
 
 
@@ -20,7 +20,7 @@ def require_fit(manifest: Manifest, spec: Spec) -> None:
     from_dict({name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in manifest.shapes.items()}, spec)
 
 
-def read_weights(path: Path, spec: Spec, shardings: Weights | None = None, world: World = ALONE) -> Weights:
+def read_weights(path: Path, spec: Spec, shardings: Weights | None = None, world: Processes = ALONE) -> Weights:
     """The weights of the checkpoint at `path` in float32, checked, on this process's first device.
 
     With `shardings` (a tree of them, shaped as the weights) every process reads what its devices hold of them, and no

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from xgen.report.words import SPACE, duration
+
 
 def count(value: int) -> str:
     """In full: 6,895,702,016."""
@@ -45,12 +47,7 @@ def percent(share: float) -> str:
 
 def hours(value: float) -> str:
     """The two largest units: "13 d 7 h", "2 h 5 min", "40 s"."""
-    seconds = round(value * 3600)
-    for unit, one, lower, lower_one in (("d", 86_400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if seconds >= one:
-            rest = seconds % one // lower_one
-            return f"{seconds // one:,} {unit}" + (f" {rest} {lower}" if rest else "")
-    return f"{value * 3600:.3g} s"
+    return duration(3600 * value).replace(SPACE, " ")
 
 
 def dollars(value: float) -> str:

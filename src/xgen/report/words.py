@@ -110,7 +110,7 @@ def duration(seconds: float) -> str:
     for unit, size, lower, lower_size in (("d", 86_400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
         if whole >= size:
             rest = whole % size // lower_size
-            return f"{whole // size}{SPACE}{unit}" + (f"{SPACE}{rest}{SPACE}{lower}" if rest else "")
+            return f"{count(whole // size)}{SPACE}{unit}" + (f"{SPACE}{rest}{SPACE}{lower}" if rest else "")
     return f"{whole}{SPACE}s"
 
 

@@ -33,10 +33,10 @@ from xgen.checkpoints.manifest import (
     write_manifest,
     write_seals,
 )
+from xgen.checkpoints.processes import ALONE, Processes, agree
 from xgen.checkpoints.stored import placed
 from xgen.checkpoints.trees import copied, join_tree, load_tree, save_tree
 from xgen.checkpoints.weights import read_weights
-from xgen.checkpoints.world import ALONE, World, agree
 from xgen.convert.pieces import Source, pieces
 from xgen.errors import StorageError
 from xgen.model import Spec, Weights, abstract, as_dict, from_dict
@@ -51,7 +51,7 @@ def read_state(
     spec: Spec,
     transformation: optax.GradientTransformation,
     shardings: State | None = None,
-    world: World = ALONE,
+    world: Processes = ALONE,
 ) -> State:
     """Weights and optimizer state, ready for the next step, on this process's first device.
 
@@ -104,7 +104,7 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, policy: Checkpoints, saved: Callable[[Checkpoint], None], world: World = ALONE
+        self, folder: Path, policy: Checkpoints, saved: Callable[[Checkpoint], None], world: Processes = ALONE
     ) -> None:
         self._folder, self._policy, self._saved, self._world = folder, policy, saved, world
         self._thread: threading.Thread | None = None

@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from xgen.checkpoints.world import ALONE, World, agree
+from xgen.checkpoints.processes import ALONE, Processes, agree
 from xgen.errors import DataError, RecipeError, StorageError
 
 METRICS = "metrics.jsonl"
@@ -38,7 +38,7 @@ class Recorder:
     time: raises RecipeError while another one has the folder open. A kill frees it.
     """
 
-    def __init__(self, run: Path, world: World = ALONE) -> None:
+    def __init__(self, run: Path, world: Processes = ALONE) -> None:
         self._run, self._world = run, world
         self._lock = threading.Lock()  # checkpoints are recorded by the thread that writes them
         self._streams: dict[str, TextIOWrapper] = {}

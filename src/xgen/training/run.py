@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from xgen.checkpoints.manifest import folder_name, newest_whole, split_model
-from xgen.checkpoints.world import agree
+from xgen.checkpoints.processes import agree
 from xgen.convert.native import START as START_FILE
 from xgen.data.corpora import open_sources, reopen_sources
 from xgen.data.reader import Reader
@@ -62,8 +62,6 @@ _CHANGEABLE = re.compile(
 )
 
 Progress = Callable[[str, float], None]
-
-ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -112,34 +110,34 @@ def create(
     base: Path,
     progress: Progress | None = None,
     opened: Opened | None = None,
-    world: World = ALONE,
+    world: World | None = None,
 ) -> Run:
     """Begin a run in `folder`, which must not hold one that has made a step. Relative paths of the recipe are taken
-    from `base`. `opened` is the model that the run continues.
+    from `base`. `opened` is the model that the run continues; without `world` one process does it all.
 
     All of `world` call this together. Process 0 prepares the folder, the others open what they find there.
     """
-    prepared: list[Prepared] = []
+    processes, prepared = world or World(), list[Prepared]()
 
     def prepare() -> dict[str, Any] | None:
-        if not world.is_writer:
+        if not processes.is_writer:
             return None
         prepared.append(_prepare(recipe, folder, base, progress, opened))
         return prepared[0].recipe.model_dump(mode="json")
 
-    with world.busy("preparing the run"):
-        told = agree(world, "prepare the run", prepare)[0]
+    with processes.busy("preparing the run"):
+        told = agree(processes, "prepare the run", prepare)[0]
     if not prepared:
         resolved = Recipe.model_validate(told)
         prepared.append(Prepared(resolved, *reopen_sources(resolved, folder, folder / STORES)))
         _check_sources(folder, prepared[0].stores)
-    run = _assemble(prepared[0], folder, world)
+    run = _assemble(prepared[0], folder, processes)
     run.recorder.cut_back(-1)
-    if world.is_writer:
+    if processes.is_writer:
         _clear(folder)
     if opened is not None:
         run = replace(run, start=_take_over(run, opened, progress))
-    if world.is_writer:  # last: a folder with a recipe is a run that can be resumed
+    if processes.is_writer:  # last: a folder with a recipe is a run that can be resumed
         replace_text(folder / RECIPE, dump_toml(run.recipe))
     return run
 
@@ -236,7 +234,7 @@ def _take_over(run: Run, opened: Opened, progress: Progress | None) -> Start | N
     return read_start(run.folder)
 
 
-def reopen(recipe: Recipe, folder: Path, world: World = ALONE) -> Run:
+def reopen(recipe: Recipe, folder: Path, world: World | None = None) -> Run:
     """Open the run in `folder` again. `recipe`: its own, or one that differs in what `_CHANGEABLE` names only. All of
     `world` call this together."""
     from xgen.recipe.load import load_recipe
@@ -251,10 +249,10 @@ def reopen(recipe: Recipe, folder: Path, world: World = ALONE) -> Run:
     layouts_of(recipe)
     stores, tokenizer = reopen_sources(recipe, folder, folder / STORES)
     _check_sources(folder, stores)
-    run = replace(_assemble(Prepared(recipe, stores, tokenizer), folder, world), start=read_start(folder))
-    if world.is_writer:
+    run = _assemble(Prepared(recipe, stores, tokenizer), folder, world or World())
+    if run.world.is_writer:
         replace_text(folder / RECIPE, dump_toml(recipe))
-    return run
+    return replace(run, start=read_start(folder))
 
 
 def first_state(run: Run) -> State:

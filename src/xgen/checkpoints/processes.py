@@ -13,7 +13,7 @@ from xgen.errors import StorageError, XgenError
 Value = TypeVar("Value")
 
 
-class World(Protocol):
+class Processes(Protocol):
     """All processes that train one run; process 0 is the one that writes what there is only one of."""
 
     @property
@@ -43,7 +43,7 @@ class Alone:
 ALONE = Alone()
 
 
-def agree(world: World, name: str, act: Callable[[], Value]) -> list[Value]:
+def agree(world: Processes, name: str, act: Callable[[], Value]) -> list[Value]:
     """What `act` gave on every process, JSON, by index.
 
     When it fails on any, all raise: that one its own error, the others the same with the number of the process, as a
