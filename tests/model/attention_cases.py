@@ -23,6 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from small_models import relative_error
 
 from xgen.model.attention import attention, tiles
+from xgen.model.attention.blocks import Blocks
 from xgen.model.attention.splash import splash
 from xgen.model.split import zigzag
 
@@ -121,9 +122,12 @@ def reference_equality() -> list[float]:
 
 def interpreted() -> dict[str, list[float]]:
     """Splash, step by step as its blocks would run on a TPU, against the plain computation: sizes of head; one query
-    head a key head, and more; a length that fills no block; columns in parts that fill no block either."""
+    head a key head, and more; a length that fills no block; columns in parts that fill no block either; a fused
+    backward kernel whose blocks are computed in two parts, and a row too long for it, of two kernels."""
     found = {}
-    cases = [(384, 4, 2, 64, 1), (100, 2, 2, 128, 1), (384, 2, 1, 64, 2), (512, 1, 1, 64, 4)]
+    cases = [(384, 4, 2, 64, 1), (100, 2, 2, 128, 1), (384, 2, 1, 64, 2), (512, 1, 1, 64, 4), (640, 2, 1, 64, 1)]
+    cases.append((3072, 1, 1, 64, 1))
+    assert [Blocks.of(length // parts, parts).fused for length, _, _, _, parts in cases] == [128] * 4 + [None, 1024]
     for kind, (length, heads, kv_heads, head, parts) in [
         *(("float32", case) for case in cases),
         ("bfloat16", cases[2]),

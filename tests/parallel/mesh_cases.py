@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from xgen.model import Spec, as_dict, initialise
+from xgen.model import Spec, as_dict, decoder, initialise
+from xgen.parallel import mesh
 from xgen.parallel.mesh import Sizes
 from xgen.parallel.program import ONE_DEVICE, Layout
 from xgen.parallel.rules import weight_partitions
@@ -95,7 +96,10 @@ def largest_difference(found: dict[str, np.ndarray], wanted: dict[str, np.ndarra
 
 def main(arguments: dict[str, Any]) -> None:
     """`what`: "gradients" or "curve"; `meshes` (all by default), `lengths`, `changes`, `microbatches`, `steps`,
-    `line`."""
+    `line`, `lookup` (tokens that are looked up at once), `staged` (an axis after the other is gathered)."""
+    if arguments.get("staged"):
+        mesh._takes_whole_sides = lambda *_: False
+    decoder.LOOKUP = arguments.get("lookup", decoder.LOOKUP)
     made, spec = recipe(tuple(arguments.get("changes", ())))
     chosen = [Sizes(*sizes) for sizes in arguments.get("meshes", meshes())]
     rows = []

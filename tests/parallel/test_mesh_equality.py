@@ -51,8 +51,16 @@ def test_microbatches_rematerialisation_and_exchange(remat, exchange):
     check_gradients(emulated("mesh_cases", arguments))
 
 
-def test_an_fsdp_axis_cut_in_two_is_one_axis():
-    arguments = {"what": "gradients", "lengths": [32], "meshes": [(1, 8, 1, 1), (1, 4, 2, 1)], "line": 2}
+@pytest.mark.parametrize("staged", [False, True])
+def test_an_fsdp_axis_cut_in_two_is_one_axis(staged):
+    meshes = [(1, 8, 1, 1), (1, 4, 2, 1)]
+    arguments = {"what": "gradients", "lengths": [32], "meshes": meshes, "line": 2, "staged": staged}
+    check_gradients(emulated("mesh_cases", arguments))
+
+
+def test_tokens_looked_up_in_parts_are_the_same():
+    """96 of the 256 tokens at once: of eight columns, four parts."""
+    arguments = {"what": "gradients", "lengths": [32], "meshes": [(1, 8, 1, 1), (1, 2, 2, 2)], "lookup": 96}
     check_gradients(emulated("mesh_cases", arguments))
 
 

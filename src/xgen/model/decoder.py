@@ -15,8 +15,8 @@ from xgen.model.linear import accumulator
 from xgen.model.loss import masked_logits, token_nll, weighted_loss
 from xgen.model.rope import angles, rotate
 from xgen.model.spec import Spec
-from xgen.model.split import Split, enter, gather, leave
-from xgen.model.weights import Block, Weights
+from xgen.model.split import Split, enter, gather, leave, whole
+from xgen.model.weights import Block, Weight, Weights, map_rows
 
 
 class Places(NamedTuple):
@@ -40,11 +40,29 @@ def forward(
     `segments` numbers the documents of a row, `positions` the places within them. `remat` says what the backward
     pass recomputes: "none", "dots" (all but the products' results), "block" (everything but the layers' inputs).
     """
+    weights = _with_whole_vectors(weights, spec.split)
     places = Places(*angles(positions, segments, spec.model, accumulator(spec.dtype), spec.split), segments)
     x = embed(weights.embedding, ids, spec.dtype, spec.split)
     layer = _rematerialised(lambda x, w: (block(x, w, places, spec), None), remat)
     x, _ = jax.lax.scan(layer, x, weights.block)
     return norm(x, weights.final_norm, weights.final_norm_bias, spec.model)
+
+
+def _with_whole_vectors(weights: Weights, split: Split) -> Weights:
+    """Of a mesh that stores the stream's axis in parts, the vectors along it whole: a collective for all layers."""
+    if not split.shards:
+        return weights
+
+    def of(leaf: Array, row: Weight) -> Array:
+        return whole(leaf, split.shards, leaf.ndim - 1) if row.axes[-1] == "embed" and not row.decay else leaf
+
+    gathered: Weights = jax.tree.map(of, weights, map_rows(weights, lambda row: row))
+    return gathered
+
+
+LOOKUP = 1 << 19
+"""Tokens of all devices that are looked up at once. Each takes 512 bytes of a TPU however few columns a device stores,
+since rows are filled up to 128 float32."""
 
 
 def embed(
@@ -55,6 +73,18 @@ def embed(
     On a mesh a device looks up the tokens of all with which it shares the rows, in the columns that it stores, and they
     exchange what they found: bytes in proportion to the tokens, where a gather of the table would move all of it.
     """
+    if not split.shards:
+        return _looked_up(embedding, ids, dtype, split)
+    tokens, length = ids.size * jax.lax.axis_size(split.shard_axes), ids.shape[1]
+    count = next(n for n in range(1, length + 1) if length % n == 0 and (tokens <= LOOKUP * n or n == length))
+    if count == 1:
+        return _looked_up(embedding, ids, dtype, split)
+    columns = jnp.moveaxis(ids.reshape(ids.shape[0], count, -1), 1, 0)
+    found = jax.lax.map(lambda part: _looked_up(embedding, part, dtype, split), columns)
+    return jnp.moveaxis(found, 0, 1).reshape(*ids.shape, -1)
+
+
+def _looked_up(embedding: Array, ids: Array, dtype: jnp.dtype, split: Split) -> Float[Array, "B S D"]:
     wanted = gather(ids, split.shards, 0)
     if split.tensor:
         wanted = wanted - jax.lax.axis_index(split.tensor) * embedding.shape[0]
@@ -64,7 +94,7 @@ def embed(
         found = embedding[wanted]
     found = found.astype(dtype)
     if split.shards:
-        found = jax.lax.all_to_all(found, split.shards, split_axis=0, concat_axis=2, tiled=True)
+        found = jax.lax.all_to_all(found, split.shard_axes, split_axis=0, concat_axis=2, tiled=True)
     return leave(found, split.tensor)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -17,10 +19,17 @@ def norm(
     x: Float[Array, "*T D"], scale: Float[Array, " D"], bias: Float[Array, " D"] | None, model: Model
 ) -> Float[Array, "*T D"]:
     """RMSNorm (Zhang and Sennrich 2019), or LayerNorm when the table has a bias for it."""
+    normed: Array = _norm(x, scale, bias, model.norm_epsilon)
+    return normed
+
+
+# What has no product is cheaper to compute again than to keep: of a norm two float32 arrays, of SwiGLU three more.
+@partial(jax.checkpoint, static_argnums=3)
+def _norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
     wide = x.astype(accumulator(x.dtype))
     if bias is not None:
         wide = wide - wide.mean(axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + model.norm_epsilon)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
     scaled = wide * scale if bias is None else wide * scale + bias
     return scaled.astype(x.dtype)
 
@@ -28,11 +37,35 @@ def norm(
 def mlp(x: Float[Array, "*T D"], w: Block, split: Split) -> Float[Array, "*T D"]:
     """SwiGLU (Shazeer 2020) when there is a gate, else GeLU in its tanh form (as JaxFormer's)."""
     inner = inward(x, w.up, w.up_bias, split)
-    if w.gate is None:
-        inner = jax.nn.gelu(inner, approximate=True)
-    else:
-        inner = jax.nn.silu(inward(x, w.gate, w.gate_bias, split)) * inner
+    inner = _gelu(inner) if w.gate is None else _swiglu(inward(x, w.gate, w.gate_bias, split), inner)
     return outward(inner, w.down, w.down_bias, split)
+
+
+@jax.checkpoint
+def _gelu(inner: Array) -> Array:
+    return jax.nn.gelu(inner, approximate=True)
+
+
+@jax.custom_vjp
+def _swiglu(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """One after the other, so that each gradient can take the place of an array that is read for the last time, and
+    neither is computed again in every product that it goes into."""
+    gate, up = saved
+    _, pull = jax.vjp(lambda gate: jax.nn.silu(gate) * up, gate)
+    gate_gradient, gate, gradient = jax.lax.optimization_barrier((*pull(gradient), gate, gradient))
+    both: tuple[Array, Array] = jax.lax.optimization_barrier((gate_gradient, jax.nn.silu(gate) * gradient))
+    return both
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 PROJECTION = "projection"

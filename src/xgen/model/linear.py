@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from xgen.model.split import gather, scatter
+from xgen.model.split import Groups, gather, scatter
 
 
 def project(
     x: Float[Array, "*T D"],
     weight: Float[Array, "K *N"],  # noqa: UP037 - a shape, not a product
-    shards: tuple[str, ...] = (),
+    shards: Groups = (),
     stored: int = 0,
 ) -> Float[Array, "*TN"]:
     """`x` times `weight` over the last axis of `x`: [*T, *N], in the type of `x`.
@@ -38,24 +38,27 @@ def project(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(
-    x: Float[Array, "T D"], weight: Float[Array, "A B"], shards: tuple[str, ...], stored: int
-) -> Float[Array, "T N"]:
+def _product(x: Float[Array, "T D"], weight: Float[Array, "A B"], shards: Groups, stored: int) -> Float[Array, "T N"]:
     return dot(x, gather(weight.astype(x.dtype), shards, stored), 1, 0).astype(x.dtype)
 
 
-def _product_forward(
-    x: Array, weight: Array, shards: tuple[str, ...], stored: int
-) -> tuple[Array, tuple[Array, Array]]:
+def _product_forward(x: Array, weight: Array, shards: Groups, stored: int) -> tuple[Array, tuple[Array, Array]]:
     return _product(x, weight, shards, stored), (x, weight)
 
 
-def _product_backward(
-    shards: tuple[str, ...], stored: int, saved: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
+def _product_backward(shards: Groups, stored: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, weight = saved
     x_gradient = dot(gradient, gather(weight.astype(x.dtype), shards, stored), 1, 1).astype(x.dtype)
-    return x_gradient, scatter(outer(x, gradient), shards, stored).astype(weight.dtype)
+    if not shards:
+        return x_gradient, outer(x, gradient).astype(weight.dtype)
+    # Columns are dealt out as the rows of the transposed gradient: of narrow stretches of columns the TPU's compiler
+    # makes sums of the whole, and pads each to 128.
+    whole = outer(gradient, x) if stored else outer(x, gradient)
+    # Nothing before the optimizer needs a weight's gradient: unbound, the product and so its operands would be kept
+    # until the rest of the layer is through.
+    x_gradient, whole = jax.lax.optimization_barrier((x_gradient, whole))
+    part = scatter(whole, shards, 0)
+    return x_gradient, (part.T if stored else part).astype(weight.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

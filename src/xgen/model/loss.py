@@ -79,6 +79,9 @@ def _loss_forward(
     head_gradient, (losses, nll, x_gradient) = jax.lax.scan(chunk, jnp.zeros(narrow.shape, wide), parts)
     # XLA's CPU would fold a tied head's transpose into a lone chunk's product, a form it cannot run in bfloat16.
     head_gradient = scatter(jax.lax.optimization_barrier(head_gradient), split.shards, 0)
+    # Nothing before the optimizer needs the head's gradient, so XLA would keep the whole of it through the backward
+    # pass and scatter it after.
+    head_gradient, x_gradient = jax.lax.optimization_barrier((head_gradient, x_gradient))
     tokens = x.shape[0]
     saved = (x_gradient.reshape(-1, x.shape[1])[:tokens], head_gradient, weights)
     return (losses.sum(), nll.reshape(-1)[:tokens]), saved
@@ -142,16 +145,18 @@ def _picked(scores: Float[Array, "C V"], targets: Int[Array, " C"], split: Split
 
 
 def _chunks(arrays: tuple[Array, ...], vocabulary: int) -> tuple[Array, ...]:
-    """Cut the token axis into equal chunks of at most CHUNK_LOGITS logits; the last is padded with zeros
-    (weight 0), and its surplus is cut off by the caller."""
+    """Cut the token axis into equal chunks of at most CHUNK_LOGITS logits. Where no number of chunks near the smallest
+    divides the tokens the last is padded with zeros (weight 0), and its surplus is cut off by the caller."""
     tokens = arrays[0].shape[0]
-    count = -(-tokens * vocabulary // CHUNK_LOGITS)
+    fewest = -(-tokens * vocabulary // CHUNK_LOGITS)
+    even = (count for count in range(fewest, 2 * fewest) if tokens % count == 0 and tokens // count % 4 == 0)
+    count = next(even, fewest)
     size = -(-tokens // count)
     size += -size % 4 if count > 1 else 0
     padding = -tokens % size
 
     def cut(array: Array) -> Array:
-        padded = jnp.pad(array, ((0, padding), *((0, 0),) * (array.ndim - 1)))
+        padded = jnp.pad(array, ((0, padding), *((0, 0),) * (array.ndim - 1))) if padding else array
         return padded.reshape(-1, size, *array.shape[1:])
 
     return tuple(cut(array) for array in arrays)

@@ -20,17 +20,26 @@ class Split:
     """Names of mesh axes. Empty: one device holds everything.
 
     `batch`: over which the sequences are spread. `shards`: over which the weights' embed axis is stored, in the order
-    of the mesh; gathered before use. `context`: over which each sequence's columns are spread, in `zigzag` order.
-    `tensor`: over which heads, the feed-forward's inner width and the vocabulary are spread.
+    of the mesh; gathered before use, the axes of a group at once and the last group first. `context`: over which each
+    sequence's columns are spread, in `zigzag` order. `tensor`: over which heads, the feed-forward's inner width and the
+    vocabulary are spread.
     """
 
     batch: tuple[str, ...] = ()
-    shards: tuple[str, ...] = ()
+    shards: tuple[tuple[str, ...], ...] = ()
     context: tuple[str, ...] = ()
     tensor: tuple[str, ...] = ()
 
+    @property
+    def shard_axes(self) -> tuple[str, ...]:
+        """Those of all groups of `shards`."""
+        return tuple(axis for group in self.shards for axis in group)
+
 
 ONE = Split()
+
+Groups = tuple[str | tuple[str, ...], ...]
+"""Mesh axes, or groups of them that a collective takes at once."""
 
 
 def zigzag(length: int, parts: int) -> Int[np.ndarray, " S"]:
@@ -90,19 +99,42 @@ def _leave_backward(axes: tuple[str, ...], _: None, gradient: Array) -> tuple[Ar
 leave.defvjp(_leave_forward, _leave_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def whole(x: Array, axes: Groups, dimension: int) -> Array:
+    """`gather`, with its gradient: each part gets its share of the sum."""
+    return gather(x, axes, dimension)
+
+
+def _whole_forward(x: Array, axes: Groups, dimension: int) -> tuple[Array, None]:
+    return gather(x, axes, dimension), None
+
+
+def _whole_backward(axes: Groups, dimension: int, _: None, gradient: Array) -> tuple[Array]:
+    return (scatter(gradient, axes, dimension),)
+
+
+whole.defvjp(_whole_forward, _whole_backward)
+
+
 def total(x: Array, axes: tuple[str, ...]) -> Array:
     """The sum over `axes`; without gradient rules of its own: see `enter` and `leave`."""
     return jax.lax.psum(x, axes) if axes else x
 
 
-def gather(x: Array, axes: tuple[str, ...], dimension: int) -> Array:
-    """The whole of an array whose `dimension` is stored in parts over `axes`."""
-    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
+def gather(x: Array, axes: Groups, dimension: int) -> Array:
+    """The whole of an array whose `dimension` is stored in parts over `axes`; the innermost, whose parts are neighbours
+    in the array, first."""
+    for axis in reversed(axes):
+        x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+    return x
 
 
-def scatter(x: Array, axes: tuple[str, ...], dimension: int) -> Array:
+def scatter(x: Array, axes: Groups, dimension: int) -> Array:
     """This device's part of the sum over `axes`, cut along `dimension`: the transpose of `gather`; an axis at a time,
     which leaves less to the next."""
     for axis in axes:
-        x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+        if isinstance(axis, tuple):
+            x = scatter(x, axis, dimension)
+        else:
+            x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
     return x

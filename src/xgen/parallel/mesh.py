@@ -42,7 +42,21 @@ def split_of(mesh: jax.sharding.Mesh) -> Split:
     def of(*axes: str) -> tuple[str, ...]:
         return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
-    return Split(of("replica", "fsdp", LINE), of("fsdp", LINE, "context"), of("context"), of("tensor"))
+    stored = of("fsdp", LINE, "context")
+    at_once = all(_takes_whole_sides(mesh, axis) for axis in stored)
+    shards = tuple((axis,) for axis in stored) if not at_once else (stored,) if stored else ()
+    return Split(of("replica", "fsdp", LINE), shards, of("context"), of("tensor"))
+
+
+def _takes_whole_sides(mesh: jax.sharding.Mesh, axis: str) -> bool:
+    """Whether `axis` takes in whole sides of the torus. Of several axes that do a TPU's compiler gathers over all links
+    at once; where one takes in part of a side it would instead sum up an array of zeros and parts."""
+    if not hasattr(mesh.devices.flat[0], "coords"):
+        return True
+    line = np.moveaxis(mesh.devices, NAMES.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0]
+    every = list(mesh.devices.flat)
+    along, sides = ([len({chip.coords[side] for chip in chips}) for side in range(3)] for chips in (line, every))
+    return all(length in (1, side) for length, side in zip(along, sides, strict=True))
 
 
 def sizes(choice: MeshChoice, devices: int, place: str = "mesh") -> Sizes:
@@ -78,12 +92,14 @@ def build(wanted: Sizes, devices: Sequence[Any] | None = None, line: int | None 
 
 
 def line_of(wanted: Sizes, devices: Sequence[Any]) -> int:
-    """Chips along the inner part of fsdp: a side of the torus where fsdp takes in all three of its dimensions, else 1.
+    """Chips along the inner part of fsdp: 1 unless fsdp takes in more TPUs than their compiler can scatter over.
 
-    The TPU's compiler has no reduce-scatter over a whole three-dimensional torus: it reduces to every chip and cuts,
-    which takes the bytes and the memory of the whole. Over a plane, and then what is left over a line, it scatters.
+    Over more than 32 chips at once that compiler has no reduce-scatter: it reduces to every chip and cuts, which takes
+    the bytes and the memory of the whole. Over 16 or 32, and then what is left over the inner part, it scatters. For
+    128 chips and more 32 come first: all then passes fewer links (seen on slices of v4, v5e and v6e with libtpu 0.0.52;
+    tests/parallel/test_mesh_tpu.py).
     """
-    sides = [len({chip.coords[axis] for chip in devices}) for axis in range(3)] if hasattr(devices[0], "coords") else []
-    plane = math.prod(sorted(sides)[1:])
-    shortest = min(sides, default=1)
-    return shortest if shortest > 1 and wanted.fsdp > plane and wanted.fsdp % shortest == 0 else 1
+    if not hasattr(devices[0], "coords") or wanted.fsdp <= 32:
+        return 1
+    outer = 32 if wanted.fsdp >= 128 and wanted.fsdp % 32 == 0 else 16
+    return wanted.fsdp // outer if wanted.fsdp % outer == 0 else 1

@@ -92,8 +92,8 @@ ONE_DEVICE = Layout(Sizes(1, 1, 1, 1))
 def whole_gradients(gradients: Weights, split: Split) -> Weights:
     """Each weight's gradient summed over the devices that saw other tokens.
 
-    A matrix was summed over the axes that it is stored over where it was used; what is left are the replicas, and for
-    the vectors all data axes.
+    What is stored in parts was summed over their axes where it was used; what is left are the replicas, and for the few
+    biases that are not, all data axes.
     """
 
     def missing(row: Weight) -> tuple[str, ...]:

@@ -24,8 +24,7 @@ RULES: dict[Axis, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
-"""Mesh axes over which an axis of the weights is stored. Vectors along "embed" (norms, and biases of what is added to
-the stream) are too small to be worth a gather: every device has them whole."""
+"""Mesh axes over which an axis of the weights is stored."""
 
 TOKENS = PartitionSpec(("replica", "fsdp", LINE), "context")
 """A batch [N, S]: sequences over the data axes, columns (in zigzag order) over context."""
@@ -33,7 +32,7 @@ TOKENS = PartitionSpec(("replica", "fsdp", LINE), "context")
 
 def partition(row: Weight) -> PartitionSpec:
     """Of one weight. Axes that the mesh has only once are harmless."""
-    return PartitionSpec(*(RULES[axis] if axis != "embed" or row.decay else () for axis in row.axes))
+    return PartitionSpec(*(RULES[axis] for axis in row.axes))
 
 
 def weight_partitions(spec: Spec) -> Weights:

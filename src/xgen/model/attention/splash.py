@@ -8,7 +8,6 @@ fast as one for a single part.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,19 +24,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jaxtyping import Array, Bool, Float, Int
 
 from xgen.errors import RecipeError
+from xgen.model.attention.blocks import BLOCK, Blocks
 from xgen.model.attention.spread import Axes, natural, stored
 from xgen.model.split import gather, zigzag
-
-LANES = 128
-"""The kernel's blocks are multiples of a TPU's lanes; shorter and odd lengths are filled up."""
-
-BLOCK = 512
-"""Queries, and keys, of a block. Every byte of keys that a block of queries fetches serves 512 operations, where a v4
-can do 229 in the time its memory delivers one (275 TFLOP/s, 1.2 TB/s; v5e 240, v5p 166, v6e 560). 1,024 takes the
-compiler nearly three times as long, and 2,048 does not fit the 16 MiB of a core's own memory."""
-
-LONG = 65_536
-"""Columns past which blocks are twice as large, since their tables lie in the scalar core's small memory."""
 
 
 def splash(
@@ -58,39 +47,17 @@ def splash(
         raise RecipeError(f"compute.attention: splash computes in bfloat16 or float32, not in {q.dtype}; use blockwise")
     parts = jax.lax.axis_size(axes) if axes else 1
     columns = q.shape[1]
-    shape = Shape.of(columns, parts)
-    kernel = _kernel(shape, q.shape[2], jax.lax.axis_index(axes) if axes else 0, interpret)
-    keys, values = (_filled(_whole(x, axes), shape.keys) for x in (k, v))
-    key_segments = _filled(_gathered(segments, axes), shape.keys)
+    blocks = Blocks.of(columns, parts)
+    kernel = _kernel(blocks, q.shape[2], jax.lax.axis_index(axes) if axes else 0, interpret)
+    keys, values = (_filled(_whole(x, axes), blocks.keys) for x in (k, v))
+    key_segments = _filled(_gathered(segments, axes), blocks.keys)
     scaled = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
-    queries, query_segments = (_filled(scaled, shape.queries), _filled(segments, shape.queries))
+    queries, query_segments = (_filled(scaled, blocks.queries), _filled(segments, blocks.queries))
     heads_first = partial(jnp.swapaxes, axis1=1, axis2=2)
     out = jax.vmap(kernel)(
         heads_first(queries), heads_first(keys), heads_first(values), SegmentIds(query_segments, key_segments)
     )
     return heads_first(out)[:, :columns].astype(q.dtype)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of one device's work: its columns, the parts of a whole sequence, and both filled up to whole blocks."""
-
-    columns: int
-    parts: int
-    queries: int
-    keys: int
-    block: int
-
-    @classmethod
-    def of(cls, columns: int, parts: int) -> Shape:
-        """Blocks of the size above, or the largest half of it that fits: whole blocks in a device's early and its late
-        columns, so that a block is above the diagonal or is not."""
-        queries = columns + -columns % LANES
-        keys = columns * parts + -(columns * parts) % LANES
-        halves = parts > 1 and columns % (2 * LANES) == 0
-        both = math.gcd(keys, columns // 2 if halves else queries)
-        most = BLOCK if keys <= LONG else 2 * BLOCK
-        return cls(columns, parts, queries, keys, next(most // n for n in (1, 2, 4, 8) if both % (most // n) == 0))
 
 
 def _filled(x: Array, length: int) -> Array:
@@ -156,28 +123,38 @@ class _Places(Mask):
     __hash__ = object.__hash__
 
 
-def _kernel(shape: Shape, heads: int, part: Int[Array, ""] | int, interpret: bool) -> Any:
+def _kernel(blocks: Blocks, heads: int, part: Int[Array, ""] | int, interpret: bool) -> Any:
     """The kernel of one part of the sequence."""
 
     def of_part(table: np.ndarray) -> Array:
         axis = 1 if table.ndim == 3 else 0
-        by_part = table.reshape(*table.shape[:axis], shape.parts, -1, *table.shape[axis + 1 :])
+        by_part = table.reshape(*table.shape[:axis], blocks.parts, -1, *table.shape[axis + 1 :])
         chosen: Array = jax.lax.dynamic_index_in_dim(jnp.asarray(by_part), part, axis, keepdims=False)
         return chosen
 
-    return jax.tree.map(of_part, _tables(shape, heads, interpret))
+    return jax.tree.map(of_part, _tables(blocks, heads, interpret))
 
 
 @lru_cache(maxsize=32)
-def _tables(shape: Shape, heads: int, interpret: bool) -> Any:
+def _tables(blocks: Blocks, heads: int, interpret: bool) -> Any:
     """The kernel with the tables of all parts, one after the other: which blocks meet, and where the queries stand."""
-    places = zigzag(shape.columns * shape.parts, shape.parts).reshape(shape.parts, -1)
-    filled = np.pad(places, [(0, 0), (0, shape.queries - shape.columns)], mode="edge")
-    mask = MultiHeadMask([_Places(filled.reshape(-1), shape.keys)] * heads)
-    block, compute = shape.block, min(shape.block, BLOCK)
-    sizes = BlockSizes(block, block, compute, block, block, compute, block, block)
+    places = zigzag(blocks.columns * blocks.parts, blocks.parts).reshape(blocks.parts, -1)
+    filled = np.pad(places, [(0, 0), (0, blocks.queries - blocks.columns)], mode="edge")
+    mask = MultiHeadMask([_Places(filled.reshape(-1), blocks.keys)] * heads)
+    compute, separate = min(blocks.block, BLOCK), None if blocks.fused else blocks.block
+    sizes = BlockSizes(
+        block_q=blocks.block,
+        block_kv=blocks.block,
+        block_kv_compute=compute,
+        block_q_dkv=blocks.block,
+        block_kv_dkv=blocks.fused or blocks.block,
+        block_kv_dkv_compute=compute,
+        block_q_dq=separate,
+        block_kv_dq=separate,
+        use_fused_bwd_kernel=blocks.fused is not None,
+    )
     with jax.ensure_compile_time_eval():
         kernel = make_splash_mha(
-            mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=shape.parts, interpret=interpret
+            mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=blocks.parts, interpret=interpret
         )
         return jax.tree.map(np.asarray, kernel)
