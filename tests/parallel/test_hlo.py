@@ -141,7 +141,7 @@ def test_a_kernel_s_flops_are_the_text_s_or_the_caller_s() -> None:
 
 
 def test_splash_attention_by_its_derivation() -> None:
-    """Forward 2 products of 2 x H x S x T x E, gradients 3 and 4, over the share of the square that is computed."""
+    """Products of 2 x H x S x T x E, as many as each kernel computes of the square."""
     heads, length, width = 4, 1024, 128
     product = 2 * heads * length * length * width
     wide = f"bf16[{heads},{length},{width}]{{2,1,0}}"
@@ -150,8 +150,10 @@ def test_splash_attention_by_its_derivation() -> None:
         call = 'custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"'
         lines.append(f"%splash_mha_{name}.1 = {wide} {call}")
     lines.append(f"ROOT %out = {wide} copy(%splash_mha_dkv_no_residuals.1)")
-    work = read_work(program(*lines), kernels=splash(visible=0.75))
-    assert math.isclose(work.flops, (2 + 3 + 4) * product * 0.75)
+    work = read_work(program(*lines), kernels=splash({"fwd": 1.5, "dq": 2.25, "dkv": 3.0}))
+    assert math.isclose(work.flops, (1.5 + 2.25 + 3.0) * product)
+    with pytest.raises(HloError, match="splash_mha_dq_no_residuals"):
+        read_work(program(*lines), kernels=splash({"fwd": 1.5, "dkv": 3.75}))
 
 
 SLICED = """%scattered (x: f32[8,128]) -> f32[2,128] {

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+from jax.errors import JaxRuntimeError
 
 from xgen.errors import RecipeError
+from xgen.model.attention.blocks import Blocks
+from xgen.parallel.mesh import Sizes
 from xgen.parallel.slices import parse_slice
 from xgen.planning import compiler
-from xgen.planning.compiler import _told_bytes, _visible, require_compiler, the_compiler
+from xgen.planning.compiler import _told_bytes, require_compiler, the_compiler
+from xgen.recipe.load import load_recipe
 
 
 @pytest.mark.parametrize(
@@ -36,6 +42,29 @@ def test_a_refusal_says_how_much_it_would_take() -> None:
     assert _told_bytes("RESOURCE_EXHAUSTED: vmem") is None
 
 
-def test_whole_blocks_up_to_the_diagonal_are_computed() -> None:
-    assert _visible(8192) == sum(range(1, 17)) * 512**2 / 8192**2
-    assert _visible(256) == 1.0
+class Unreadable:
+    """A compiled step whose text the compiler cannot give."""
+
+    def memory_analysis(self) -> SimpleNamespace:
+        sizes = dict.fromkeys(("output_size_in_bytes", "alias_size_in_bytes"), 5)
+        return SimpleNamespace(argument_size_in_bytes=10, temp_size_in_bytes=7, **sizes)
+
+    def as_text(self) -> str:
+        raise JaxRuntimeError("INTERNAL: RET_CHECK failure (hlo_instruction.cc:390) :\n  stack")
+
+
+def test_a_program_that_cannot_be_read_still_has_its_memory() -> None:
+    facts = compiler._read(Unreadable(), 3.0, Blocks.of(8192, 1), parse_slice("v5p:4x4x4"), [])
+    assert (facts.bytes_per_chip, facts.flops, facts.collectives, facts.roofline) == (17, None, None, None)
+    assert facts.unread == "INTERNAL: RET_CHECK failure (hlo_instruction.cc:390)"
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise JaxRuntimeError("INTERNAL: no such tile\n  stack")
+
+    monkeypatch.setattr(compiler, "_compile", fail)
+    monkeypatch.setattr(compiler, "describe", lambda _: ())
+    recipe = load_recipe("xgen-7b-8k").recipe
+    with pytest.raises(RecipeError, match=r"stages\.1 \('4k'\) for v4:4x4x4: INTERNAL: no such tile; .*--no-compile"):
+        compiler.compile_for_slice(recipe, 1, Sizes(1, 64, 1, 1), parse_slice("v4:4x4x4"))

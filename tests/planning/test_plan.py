@@ -41,12 +41,13 @@ class Compiler:
 
     def __init__(self, *totals: float | None, roofline: Roofline | None = None) -> None:
         self.totals, self.roofline = list(totals), roofline
-        self.asked: list[tuple[int, Sizes, str]] = []
+        self.asked: list[tuple[int, Sizes, str, int]] = []
 
     def __call__(self, recipe: Recipe, index: int, sizes: Sizes, on: Slice) -> CompiledFacts | OutOfMemory:
         assert Sizes(**recipe.stages[index].mesh.model_dump()) == sizes
         assert sizes.devices == on.chips
-        self.asked.append((index, sizes, recipe.stages[index].remat))
+        stage = recipe.stages[index]
+        self.asked.append((index, sizes, stage.remat, stage.microbatch_tokens))
         total = self.totals.pop(0) if len(self.totals) > 1 else self.totals[0]
         if total is None:
             return OutOfMemory(int(99 * GIB), 10.0)
@@ -137,7 +138,7 @@ def test_a_recipe_from_python_is_taken_as_it_is() -> None:
     recipe = load_recipe("xgen-7b-8k").recipe
     found = plan_recipe(recipe, "v4:8x8x8")
     assert [stage["fits"] for stage in found["stages"]] == [False, False, True]
-    assert "stages.0.remat=dots" in found["stages"][0]["advice"][0]
+    assert "fits with stages.0.microbatch_tokens=2M" in found["stages"][0]["advice"][0]
 
 
 def test_a_slice_that_cannot_hold_the_model_says_so_and_names_the_smallest_that_can() -> None:
@@ -176,7 +177,7 @@ def test_chips_that_cut_nothing_evenly_are_told_what_would() -> None:
 def test_with_a_compiler_its_figures_replace_the_arithmetic() -> None:
     compiler = Compiler(20.0, roofline=bounds(1.0, 0.4))
     found = seven("v4:8x8x8", compile_stage=compiler)
-    assert [index for index, _, _ in compiler.asked] == [0, 1, 2]
+    assert [asked[0] for asked in compiler.asked] == [0, 1, 2]
     for stage in found["stages"]:
         assert (stage["source"], stage["compile_seconds"]) == ("compiler", 30.0)
         assert stage["bytes_per_chip"] == 20 * GIB
@@ -217,7 +218,9 @@ def test_a_roofline_above_the_assumed_step_is_told() -> None:
 def test_the_verb_takes_names_files_and_recipes() -> None:
     by_name = plan("xgen-7b-8k", on="v4:8x8x8", compiler=False, price=1.0)
     assert by_name["assumptions"]["price"] == 1.0
-    assert by_name["command"].startswith("xgen train xgen-7b-8k stages.0.remat=dots")
+    assert by_name["command"].startswith("xgen train xgen-7b-8k stages.0.microbatch_tokens=2M")
+    # The last stage takes its microbatch from the first, so it states its own where that is changed.
+    assert "stages.2.microbatch_tokens=4M" in by_name["proposals"]
     recipe = load_recipe("xgen-7b-8k", by_name["proposals"]).recipe
     assert plan(recipe, on="v4:8x8x8", compiler=False)["total"]["fits"]
     assert plan("tiny", on="v4:2x2x1", compiler=False)["total"]["fits"]

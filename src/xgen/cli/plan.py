@@ -17,8 +17,8 @@ Compiler = Annotated[
     bool | None,
     typer.Option(
         "--compile/--no-compile",
-        help="Ask the real TPU compiler (pip install 'xgen[tpu]'), or keep to arithmetic. Left out: ask it when it is "
-        "installed.",
+        help="Ask the real TPU compiler (pip install 'xgen\\[tpu]'), or keep to arithmetic. Left out: ask it when it "
+        "is installed.",
     ),
 ]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xgen.errors import RecipeError
-from xgen.parallel.hlo import Collective, Work
+from xgen.parallel.hlo import Collective, Work, crossing
 from xgen.parallel.slices import Slice
 from xgen.parallel.topology import Place
 
@@ -115,7 +115,7 @@ def _in_order(slice_: Slice) -> tuple[Place, ...]:
 def _seconds(one: Collective, slice_: Slice, where: Sequence[Place], rates: Rates) -> tuple[float, float]:
     """Over the slice's links, and over the network between slices."""
     if one.between_slices:
-        return 0.0, _crossing(one.kind, len(one.groups[0])) * one.bytes / rates.network
+        return 0.0, crossing(one.kind, len(one.groups[0])) * one.bytes / rates.network
     if max(device for group in one.groups for device in group) >= len(where):
         raise RecipeError(f"slice {slice_.name}: the program was compiled for more than its {len(where)} chips")
     if one.permutes:
@@ -132,7 +132,7 @@ def _group(one: Collective, members: Sequence[Place], slice_: Slice, rates: Rate
     over_network = 0.0
     if parts > 1:
         # The members in one slice share the crossing: each sends its part.
-        over_network = _crossing(one.kind, parts) * one.bytes / (together * rates.network)
+        over_network = crossing(one.kind, parts) * one.bytes / (together * rates.network)
     if together == 1:
         return 0.0, over_network
     first = [member.coords for member in members if member.slice == members[0].slice]
@@ -152,13 +152,13 @@ def _linked(kind: str, size: int, members: int, extents: Sequence[int], slice_: 
     n/2 x size/2 / (n/m) = size x m/4 a link, m/8 on a ring.
     """
     if slice_.chip.dimensions == 0:
-        return _crossing(kind, members) * size / (rates.link * rates.links_of_axis[0])
+        return crossing(kind, members) * size / (rates.link * rates.links_of_axis[0])
     spanned = [(extent, _lanes(axis, extent, slice_, rates)) for axis, extent in enumerate(extents) if extent > 1]
     if not spanned:
         return 0.0
     if kind == "all-to-all":
         return max(size * extent / (4 * lanes) for extent, lanes in spanned) / rates.link
-    return _crossing(kind, members) * size / (rates.link * sum(lanes for _, lanes in spanned))
+    return crossing(kind, members) * size / (rates.link * sum(lanes for _, lanes in spanned))
 
 
 def _lanes(axis: int, extent: int, slice_: Slice, rates: Rates) -> int:
@@ -166,21 +166,6 @@ def _lanes(axis: int, extent: int, slice_: Slice, rates: Rates) -> int:
     if axis >= len(slice_.shape) or extent < slice_.shape[axis]:
         return 1
     return rates.links_of_axis[axis]
-
-
-def _crossing(kind: str, members: int) -> float:
-    """Share of an exchange's bytes that one member must send, when all reach all alike."""
-    shares = {
-        "all-gather": (members - 1) / members,
-        "reduce-scatter": (members - 1) / members,
-        "all-reduce": 2 * (members - 1) / members,
-        "all-to-all": (members - 1) / members,
-        "collective-permute": 1.0,
-        "collective-broadcast": 1.0,
-    }
-    if kind not in shares:
-        raise RecipeError(f"an exchange of kind {kind!r} has no cost here; known: {', '.join(shares)}")
-    return shares[kind]
 
 
 def _permute(one: Collective, slice_: Slice, where: Sequence[Place], rates: Rates) -> tuple[float, float]:

@@ -69,15 +69,22 @@ def written_differs(one: Choice, base: Choice | None) -> int:
 def overrides(index: int, wanted: Choice, stage: Stage, written: Sizes | None) -> list[str]:
     """What must be added to the command, as "key=value", so that stage `index` is run by `wanted`; `written` is what
     the recipe's own mesh means on this slice, None where it means nothing."""
+    same = {
+        "mesh": wanted.sizes == written,
+        "microbatch_tokens": wanted.microbatch_tokens == stage.microbatch_tokens,
+        "remat": wanted.remat == stage.remat,
+    }
+    return [text for key, texts in stated(index, wanted).items() if not same[key] for text in texts]
+
+
+def stated(index: int, wanted: Choice) -> dict[str, list[str]]:
+    """All of a choice as "key=value", by the stage's key."""
     at = f"stages.{index}"
-    changed = []
-    if wanted.sizes != written:
-        changed += [f"{at}.mesh.{axis}={size}" for axis, size in wanted.sizes._asdict().items()]
-    if wanted.microbatch_tokens != stage.microbatch_tokens:
-        changed.append(f"{at}.microbatch_tokens={format_length(wanted.microbatch_tokens)}")
-    if wanted.remat != stage.remat:
-        changed.append(f"{at}.remat={wanted.remat}")
-    return changed
+    return {
+        "mesh": [f"{at}.mesh.{axis}={size}" for axis, size in wanted.sizes._asdict().items()],
+        "microbatch_tokens": [f"{at}.microbatch_tokens={format_length(wanted.microbatch_tokens)}"],
+        "remat": [f"{at}.remat={wanted.remat}"],
+    }
 
 
 def choices(spec: Spec, stage: Stage, base: Choice | None, free: Freedom, chips: int, slices: int) -> Iterator[Choice]:

@@ -13,19 +13,22 @@ from xgen.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class CompiledFacts:
-    """What the compiler says of one stage's step, per chip; FLOPs and collective bytes with loops multiplied out."""
+    """What the compiler says of one stage's step, per chip; FLOPs and collective bytes with loops multiplied out, None
+    where it made a program that cannot be read (`unread` says why)."""
 
     argument_bytes: int
     output_bytes: int
     alias_bytes: int
     temp_bytes: int
     compile_seconds: float
-    flops: float
-    collectives: Mapping[str, Mapping[str, int]]
-    """By kind: how often in a step ("count"), and the bytes that are exchanged ("bytes")."""
+    flops: float | None
+    collectives: Mapping[str, Mapping[str, int]] | None
+    """By kind: how often in a step ("count"), the bytes that are exchanged ("bytes"), and of these what one chip sends
+    ("sent")."""
     largest_temporaries: tuple[tuple[str, int], ...] = ()
     """Shape and bytes of the largest."""
     roofline: Roofline | None = None
+    unread: str = ""
 
     @property
     def bytes_per_chip(self) -> int:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from xgen.errors import RecipeError
+from xgen.model.attention.blocks import Blocks
 from xgen.parallel.mesh import Sizes
 from xgen.parallel.slices import CHIPS, Slice
 from xgen.parallel.topology import available, describe, places
 from xgen.planning.compiled import CompiledFacts, CompileStage, OutOfMemory
 from xgen.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from xgen.parallel.hlo import Collective
 
 LARGEST = 8
 """Temporaries that a plan names."""
@@ -52,9 +57,13 @@ def compile_for_slice(recipe: Recipe, index: int, sizes: Sizes, on: Slice) -> Co
         compiled, ordered = _compile(recipe, index, sizes, devices)
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise RecipeError(
+                f"--compile: the TPU compiler failed on stages.{index} ('{recipe.stages[index].name}') for {on.name}: "
+                f"{_first_line(error)}; plan it by arithmetic with --no-compile"
+            ) from error
         return OutOfMemory(_told_bytes(str(error)), time.perf_counter() - begin)
-    return _read(compiled, time.perf_counter() - begin, recipe, index, on, ordered)
+    blocks = Blocks.of(recipe.stages[index].length // sizes.context, sizes.context)
+    return _read(compiled, time.perf_counter() - begin, blocks, on, ordered)
 
 
 def _compile(recipe: Recipe, index: int, sizes: Sizes, devices: tuple[Any, ...]) -> tuple[Any, list[Any]]:
@@ -71,34 +80,48 @@ def _compile(recipe: Recipe, index: int, sizes: Sizes, devices: tuple[Any, ...])
     return compiled, list(layout.mesh.devices.flat)
 
 
-def _read(compiled: Any, seconds: float, recipe: Recipe, index: int, on: Slice, ordered: list[Any]) -> CompiledFacts:
+def _read(compiled: Any, seconds: float, blocks: Blocks, on: Slice, ordered: list[Any]) -> CompiledFacts:
+    from jax.errors import JaxRuntimeError
+
     from xgen.parallel.hlo import read_work, splash
     from xgen.parallel.roofline import roofline
 
     memory = compiled.memory_analysis()
-    work = read_work(compiled.as_text(), splash(_visible(recipe.stages[index].length)))
-    counts: Counter[str] = Counter()
-    for one in work.collectives:
-        counts[one.kind] += one.count
-    return CompiledFacts(
+    facts = CompiledFacts(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         compile_seconds=seconds,
+        flops=None,
+        collectives=None,
+    )
+    try:
+        text = compiled.as_text()
+    except JaxRuntimeError as error:  # seen of libtpu 0.0.52 for v5p, with exchanges in several parts
+        return replace(facts, unread=_first_line(error))
+    work = read_work(text, splash(blocks.products))
+    return replace(
+        facts,
         flops=work.flops,
-        collectives={kind: {"count": counts[kind], "bytes": size} for kind, size in work.bytes_by_kind().items()},
+        collectives=_by_kind(work.collectives),
         largest_temporaries=tuple((buffer.shape, buffer.bytes) for buffer in work.buffers[:LARGEST]),
         roofline=roofline(work, on, places(ordered)),
     )
 
 
-def _visible(length: int) -> float:
-    """Share of the square of queries and keys that the causal kernel computes: whole blocks up to the diagonal."""
-    from xgen.model.attention import BLOCK
+def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for one in collectives:
+        sums = found.setdefault(one.kind, {"count": 0, "bytes": 0, "sent": 0})
+        sums["count"] += one.count
+        sums["bytes"] += one.bytes
+        sums["sent"] += round(one.sent)
+    return found
 
-    block = min(BLOCK, length)
-    return (length + block) / (2 * length)
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(" :")
 
 
 def _told_bytes(error: str) -> int | None:

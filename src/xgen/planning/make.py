@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from xgen.model import Spec, parameter_count
 from xgen.model.flops import flops_per_token
 from xgen.parallel.slices import Slice, ladder, parse_slice
 from xgen.planning.assumptions import NOTHING, Cost, assume, cost
+from xgen.planning.choice import stated
 from xgen.planning.compiled import CompiledFacts, CompileStage
 from xgen.planning.search import executed_flops, fits_somewhere
 from xgen.planning.stages import Planned, freedom, plan_stage
@@ -38,10 +40,12 @@ def plan_recipe(
     by = assume(where, dict(assumptions or {}))
     spec = Spec(recipe.model, recipe.model.vocab_size, recipe.compute)
     given = origins if origins is not None else _all_given(recipe)
-    stages = [
-        plan_stage(recipe, index, spec, where, freedom(given, index), compile_stage)
-        for index in range(len(recipe.stages))
-    ]
+    stages = _stated_after(
+        [
+            plan_stage(recipe, index, spec, where, freedom(given, index), compile_stage)
+            for index in range(len(recipe.stages))
+        ]
+    )
     costs = [cost(one.stage.spent * flops_per_token(spec, one.stage.length), where, by) for one in stages]
     total = sum(costs, NOTHING)
     fits = all(one.fits for one in stages)
@@ -78,6 +82,17 @@ def _all_given(recipe: Recipe) -> dict[str, Origin]:
     return {f"stages.{index}.{key}": stated for index in range(len(recipe.stages)) for key in keys}
 
 
+def _stated_after(stages: list[Planned]) -> list[Planned]:
+    """A stage that leaves a key out takes it from the one before: where that one's is changed, the later ones state
+    their own, so that all are run as they were planned."""
+    found, changed = [], set[str]()
+    for index, one in enumerate(stages):
+        keys = stated(index, one.best.choice)
+        changed |= {key for key, texts in keys.items() if set(texts) & set(one.overrides)}
+        found.append(replace(one, overrides=tuple(text for key in keys if key in changed for text in keys[key])))
+    return found
+
+
 def _stage(one: Planned, each: Cost, spec: Spec, on: Slice) -> dict[str, Any]:
     stage, told = one.stage, one.compiled
     facts = told if isinstance(told, CompiledFacts) else None
@@ -103,7 +118,9 @@ def _stage(one: Planned, each: Cost, spec: Spec, on: Slice) -> dict[str, Any]:
         "arithmetic_bytes_per_chip": one.best.memory.total,
         "worst_moment": one.best.memory.moment,
         "compile_seconds": None if told is None else told.compile_seconds,
-        "collectives": None if facts is None else {kind: dict(each) for kind, each in facts.collectives.items()},
+        "collectives": None
+        if facts is None or facts.collectives is None
+        else {kind: dict(each) for kind, each in facts.collectives.items()},
         "largest_temporaries": None
         if facts is None
         else [{"shape": shape, "bytes": size} for shape, size in facts.largest_temporaries],
@@ -126,7 +143,7 @@ def _stage(one: Planned, each: Cost, spec: Spec, on: Slice) -> dict[str, Any]:
 
 def _roofline(facts: CompiledFacts | None, model_flops: float) -> dict[str, Any] | None:
     """The compiled program's least time; `flops_over_model`: what it computes beyond the model's FLOPs."""
-    if facts is None or facts.roofline is None:
+    if facts is None or facts.roofline is None or facts.flops is None:
         return None
     line = facts.roofline
     return {
@@ -176,6 +193,11 @@ def _notes(stages: list[Planned], costs: list[Cost], on: Slice, compiled: bool) 
     for one, each in zip(stages, costs, strict=True):
         assumed = each.hours * 3600 / one.stage.steps
         facts = one.compiled if isinstance(one.compiled, CompiledFacts) else None
+        if facts is not None and facts.unread:
+            notes.append(
+                f"Stage '{one.stage.name}': the memory is the compiler's, but its program cannot be read "
+                f"({facts.unread}); FLOPs and least times are by arithmetic."
+            )
         if facts is not None and facts.roofline is not None:
             least, how = facts.roofline.seconds, f"the compiled program's roofline ({facts.roofline.bound})"
         else:

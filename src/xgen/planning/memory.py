@@ -1,8 +1,8 @@
 """Memory of one training step on one chip, by arithmetic: a sum that can be read and checked by hand.
 
-What lies there always (weights, optimizer state, the batch) is exact. What comes and goes is the largest of three
-moments: the loss, the backward pass of one layer, the optimizer. What XLA fuses away, or keeps longer than it must, is
-the uncertainty.
+What lies there always (weights, optimizer state, the batch) is exact. What comes and goes is the largest of four
+moments: the loss, the backward pass of one layer, that of the embedding, the optimizer. What XLA fuses away, or keeps
+longer than it must, is the uncertainty.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cache
 from jax.sharding import PartitionSpec
 
 from xgen.model import Spec
+from xgen.model.decoder import LOOKUP
 from xgen.model.loss import CHUNK_LOGITS
 from xgen.model.weights import Weight, rows
 from xgen.parallel.mesh import LINE, Sizes
@@ -27,6 +28,9 @@ BATCH_ARRAYS = 4
 """ids, targets, segments, positions: int32 each."""
 
 KINDS = ("parameters", "optimizer", "gradients", "activations", "temporaries")
+
+LANES = 128
+"""Numbers that a row of an array takes in a TPU's memory at least."""
 
 OPTIMIZER_COPIES = 1.0
 """Float32 copies of the weights' shards that the update holds beside the gradient: the directions, whose norm is needed
@@ -58,6 +62,9 @@ class Local:
     query: int
     """Heads x head size of this chip."""
     key: int
+    kernel: int
+    """Queries, keys, values and mixed heads of a token as attention's kernel takes them: each head filled up to 128
+    numbers; of keys and values those of all context parts, unless they go round a ring."""
     inner: int
     vocabulary: int
     width: int
@@ -65,6 +72,7 @@ class Local:
     gated: bool
     sequential: bool
     layers: int
+    heads: int
 
 
 def arithmetic(spec: Spec, stage: Stage, optimizer: Optimizer, choice: Choice) -> Memory:
@@ -74,11 +82,13 @@ def arithmetic(spec: Spec, stage: Stage, optimizer: Optimizer, choice: Choice) -
     state = optimizer_bytes(spec, optimizer, sizes)
     batch = batch_bytes(stage, sizes)
     accumulated = weights if choice.microbatch_tokens < stage.batch_tokens else 0
-    kept = at.layers * kept_of_layer(at, choice.remat)
+    kept, narrow = at.layers * kept_of_layer(at, choice.remat), narrow_bytes(spec, sizes)
+    directions = round(OPTIMIZER_COPIES * weights)
     moments = {
-        "the loss": (accumulated, kept, loss_bytes(at)),
-        "a layer's backward pass": (accumulated + weights, kept, layer_bytes(at, choice)),
-        "the optimizer": (weights, 0, round(OPTIMIZER_COPIES * weights)),
+        "the loss": (accumulated, kept, narrow + loss_bytes(at)),
+        "a layer's backward pass": (accumulated + weights, kept, narrow + layer_bytes(at, choice)),
+        "the embedding's backward pass": (accumulated + weights, 0, embedding_bytes(at, sizes)),
+        "the optimizer": (weights, 0, max(directions, orthogonal_bytes(spec, optimizer, sizes))),
     }
     moment = max(moments, key=lambda name: sum(moments[name]))
     gradients, activations, temporaries = moments[moment]
@@ -88,17 +98,21 @@ def arithmetic(spec: Spec, stage: Stage, optimizer: Optimizer, choice: Choice) -
 
 def local(spec: Spec, choice: Choice) -> Local:
     model, sizes = spec.model, choice.sizes
+    head = max(model.head_size, LANES)
+    seen = sizes.context if spec.compute.exchange == "gather" else 1
     return Local(
         tokens=choice.microbatch_tokens // (sizes.devices // sizes.tensor),
         hidden=model.hidden_size,
         query=model.heads * model.head_size // sizes.tensor,
         key=model.kv_heads * model.head_size // sizes.tensor,
+        kernel=2 * (model.heads + model.kv_heads * seen) * head // sizes.tensor,
         inner=model.mlp_size // sizes.tensor,
         vocabulary=model.vocab_size // sizes.tensor,
         width=spec.dtype.itemsize,
         gated=model.activation == "swiglu",
         sequential=model.circuits == "sequential",
         layers=model.layers,
+        heads=model.heads // sizes.tensor,
     )
 
 
@@ -107,7 +121,7 @@ def local(spec: Spec, choice: Choice) -> Local:
 
 @cache
 def weight_bytes(spec: Spec, sizes: Sizes) -> int:
-    """Float32 masters: matrices in parts over fsdp x context and tensor, vectors along the stream whole."""
+    """Float32 masters, in parts over fsdp x context and tensor."""
     return sum(shard_bytes(row, spec, sizes) for row in rows(spec))
 
 
@@ -140,28 +154,31 @@ def optimizer_bytes(spec: Spec, optimizer: Optimizer, sizes: Sizes) -> int:
 def kept_of_layer(at: Local, remat: str) -> int:
     """Bytes one layer keeps for its backward pass.
 
-    block: its input. dots: also every product's result that the backward pass reads. none: all that it reads.
+    block: its input. dots: also every product's result that the backward pass reads. none: all that it reads but what
+    has no product: the two norms' inputs and results; queries, keys and values; the mixed heads, which lie there twice
+    (as the kernel's result and as the next product's operand), and each one's log-sum-exp in float32; SwiGLU's two
+    inputs and its result.
     """
     stream = at.tokens * at.hidden * at.width
     if remat == "block":
         return stream
+    circuits = (2 if at.gated else 1) * at.inner
     if remat == "dots":
-        products = at.query + 2 * at.key + at.hidden + (2 if at.gated else 1) * at.inner
-        return stream + at.tokens * products * at.width
-    return residuals(at)
-
-
-def residuals(at: Local) -> int:
-    """All that a layer's backward pass reads: each norm's input and result in float32 and its output, the rotated
-    queries and keys, the values, the mixed heads with each one's float32 sum, and SwiGLU's five inner arrays."""
-    norms = 2 if at.sequential else 1
-    norm = at.hidden * (2 * FLOAT32 + at.width)
-    heads = (2 * at.query + 2 * at.key) * at.width
-    inner = (5 if at.gated else 2) * at.inner * at.width
-    return at.tokens * (norms * norm + heads + inner)
+        return stream + at.tokens * (at.query + 2 * at.key + at.hidden + circuits) * at.width
+    norms = (4 if at.sequential else 2) * at.hidden
+    heads = (at.kernel + at.query) * at.width + at.heads * FLOAT32
+    return at.tokens * ((norms + circuits + at.inner) * at.width + heads)
 
 
 # --- what comes and goes ---------------------------------------------------------------------------
+
+
+@cache
+def narrow_bytes(spec: Spec, sizes: Sizes) -> int:
+    """The layers' matrices in the compute type, which XLA makes of all layers' shards before the first one's pass."""
+    return (
+        sum(shard_bytes(row, spec, sizes) for row in rows(spec) if row.stacked_matrix) * spec.dtype.itemsize // FLOAT32
+    )
 
 
 def loss_bytes(at: Local) -> int:
@@ -173,11 +190,41 @@ def loss_bytes(at: Local) -> int:
 
 
 def layer_bytes(at: Local, choice: Choice) -> int:
-    """One layer's backward pass: what it recomputes, the gradients of its widest arrays, and the largest product's
-    gathered weight with that weight's float32 gradient before it is summed and dealt out."""
-    recomputed = {"block": residuals(at), "dots": residuals(at) - kept_of_layer(at, "dots"), "none": 0}[choice.remat]
-    wide = at.tokens * ((2 if at.gated else 1) * at.inner + 2 * at.hidden) * at.width
+    """One layer's backward pass when it has come to the feed-forward circuit, from its end.
+
+    Of the stream its input, both norms' results, the input of the second and the gradient; of attention the queries,
+    keys, values and the mixed heads, and their log-sum-exp, each of whose numbers takes a row of 128; SwiGLU's inputs,
+    its result's gradient and their gradients; the largest weight, gathered, and its float32 gradient before it is dealt
+    out. What the policy keeps of these is read where it lies.
+    """
+    stream = (5 if at.sequential else 3) * at.hidden
+    heads = at.kernel * at.width + at.heads * LANES * FLOAT32
+    circuits = (5 if at.gated else 3) * at.inner
     shards = choice.sizes.fsdp * choice.sizes.context
-    largest = max(at.hidden * at.inner, at.hidden * at.query)
-    gathered = largest * (at.width + FLOAT32) if shards > 1 else largest * at.width
-    return max(recomputed, 0) + wide + gathered
+    weight = max(at.hidden * at.inner, at.hidden * at.query) * (FLOAT32 + (at.width if shards > 1 else 0))
+    return at.tokens * ((stream + circuits) * at.width + heads) + weight
+
+
+def embedding_bytes(at: Local, sizes: Sizes) -> int:
+    """The tokens that are looked up at once, with the gradients of their rows in float32 and in the compute type: of
+    each row a chip holds only its columns, filled up to 128."""
+    shards = sizes.fsdp * sizes.context
+    columns = max(at.hidden // shards, LANES)
+    return min(LOOKUP, at.tokens * shards) * columns * (FLOAT32 + at.width)
+
+
+def orthogonal_bytes(spec: Spec, optimizer: Optimizer, sizes: Sizes) -> int:
+    """Muon's matrices of one kind, of all layers at once and whole on every chip that does not share them over tensor:
+    in the compute type, and the products of their shorter sides in float32 and in the compute type."""
+    if optimizer.name != "muon":
+        return 0
+    sides = [_sides(row.shape(spec)) for row in rows(spec) if row.stacked_matrix]
+    width = spec.dtype.itemsize
+    most = max(long * short * width + short * short * (FLOAT32 + width) for long, short in sides)
+    return spec.model.layers * most // sizes.tensor
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The longer and the shorter side of a layer's matrix; heads and their size are one side."""
+    product, hidden = math.prod(shape[1:]), max(shape[1], shape[-1])
+    return max(hidden, product // hidden), min(hidden, product // hidden)

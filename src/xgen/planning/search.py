@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from xgen.model import Spec
+from xgen.model.attention.blocks import Blocks
 from xgen.model.flops import flops_per_token
 from xgen.model.weights import rows
 from xgen.parallel.mesh import Sizes
@@ -45,15 +46,16 @@ class Candidate:
 def executed_flops(spec: Spec, length: int, remat: str) -> float:
     """FLOPs a token that the hardware runs under a policy, where the model's are `flops_per_token`.
 
-    The TPU's attention kernel takes seven products backward where four are counted: it computes the scores twice more,
-    and one gradient twice. `dots` runs the attention again, `block` the whole layer but its last product, whose result
-    nothing needs.
+    The TPU's attention kernels compute whole blocks up to the diagonal, and backward the scores again. `dots` runs the
+    attention forward again, `block` the whole layer but its last product, whose result nothing needs.
     """
-    model = spec.model
-    scores = 1.0 * model.layers * model.heads * model.head_size * length
-    found = flops_per_token(spec, length) + 3 * scores
+    model, kernels = spec.model, Blocks.of(length, 1).products
+    forward, attention = kernels["fwd"], sum(kernels.values())
     if remat != "none":
-        found += 2 * scores
+        attention += forward
+    width = model.layers * model.heads * model.head_size
+    # The model's six products (two forward, four backward) each count the causal half of the square.
+    found = flops_per_token(spec, length) + (attention - 3) * 2.0 * width * length
     if remat == "block":
         stacked = {row.name: math.prod(row.shape(spec)) for row in rows(spec) if row.stacked_matrix}
         found += 2.0 * (sum(stacked.values()) - stacked["block.down"])

@@ -49,6 +49,28 @@ class Collective:
     def permutes(self) -> bool:
         return self.kind == "collective-permute"
 
+    @property
+    def sent(self) -> float:
+        """Bytes that one device sends."""
+        return self.bytes * (1.0 if self.permutes else crossing(self.kind, self.size))
+
+
+def crossing(kind: str, members: int) -> float:
+    """Share of an exchange's bytes that one member must send, when all reach all alike: an all-reduce is a
+    reduce-scatter and an all-gather in turn. Raises HloError for a kind that is not known."""
+    part = (members - 1) / members
+    shares = {
+        "all-gather": part,
+        "reduce-scatter": part,
+        "all-reduce": 2 * part,
+        "all-to-all": part,
+        "collective-permute": 1.0,
+        "collective-broadcast": 1.0,
+    }
+    if kind not in shares:
+        raise HloError(f"an exchange of kind {kind!r} has no cost here; known: {', '.join(shares)}")
+    return shares[kind]
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -112,30 +134,24 @@ def read_work(text: str, kernels: Mapping[str, Cost] | None = None, trips: Mappi
     )
 
 
-def splash(visible: float) -> dict[str, Cost]:
-    """FLOPs of Pallas's splash attention on TPU by kernel, whose text tells none.
+def splash(products: Mapping[str, float]) -> dict[str, Cost]:
+    """FLOPs of Pallas's splash attention on TPU by kernel ("fwd", "dq", "dkv"), whose text tells none.
 
-    `visible`: the share of the square of queries and keys that is computed: with causal blocks of b columns in a row of
-    S, (S + b) / (2 S). With E the head's width, a product over one query and key is 2 E FLOPs; forward has two (scores,
-    mixing); the gradient of the queries three (scores, gradient of the weights, of the queries); of keys and values
-    four, or five when it gives the queries' gradient too.
+    Each number is in products over the whole square of queries and keys, of which the causal kernel leaves out what is
+    above the diagonal; with E the head's width, a product of one query and one key is 2 E FLOPs.
     """
 
-    def products(number: int) -> Cost:
+    def cost(number: float) -> Cost:
         def flops(operands: tuple[Array, ...]) -> float:
             wide = [array for array in operands if len(array.dims) >= 3 and array.dtype in ("bf16", "f16", "f32")]
             if len(wide) < 2:
                 raise HloError(f"not splash attention's operands: {', '.join(array.shape for array in operands)}")
             queries, keys = wide[0], wide[1]
-            return number * 2.0 * queries.elements * keys.dims[-2] * visible
+            return number * 2.0 * queries.elements * keys.dims[-2]
 
         return flops
 
-    return {"splash_mha_fwd": products(2), "splash_mqa_fwd": products(2)} | {
-        f"splash_{kind}_{part}": products(number)
-        for kind in ("mha", "mqa")
-        for part, number in (("dq", 3), ("dkv_fused", 5), ("dkv", 4))
-    }
+    return {f"splash_{kind}_{part}": cost(number) for kind in ("mha", "mqa") for part, number in products.items()}
 
 
 # Targets that compute no product: the compiler's own marks and helpers.
