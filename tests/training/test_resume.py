@@ -29,6 +29,13 @@ save = c.save_tree
 c.save_tree = lambda *parts: (time.sleep(60), save(*parts))[1]
 """
 
+SLOW_STEPS = """
+import time, xgen.training.folder as f
+step = f.Recorder.step
+f.Recorder.step = lambda *this, **line: (step(*this, **line), time.sleep(0.2))[0]
+"""
+"""So that whoever looks at the log, on a busy machine, sees each of them."""
+
 
 def test_kill_at_any_moment_changes_nothing(micro: Micro, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -69,7 +76,7 @@ def test_a_signal_saves_at_the_very_step(micro: Micro, tmp_path: Path) -> None:
     """SIGTERM, a resume, SIGINT, a resume; at moments that only a signal saves at, being no multiples of 512."""
     run = micro.copy(tmp_path / "run", tokens=3840)
     for name, moment in (("SIGTERM", 4352), ("SIGINT", 4864)):
-        process = start("train", "--resume", run)
+        process = start("train", "--resume", run, patch=SLOW_STEPS)
         assert freeze(process, at_tokens(run, moment)), end(process).err
         assert "another process is at work on" in command("train", "--resume", run).err
         process.send_signal(signal.Signals[name])

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xgen.recipe.load import load_recipe
@@ -46,6 +46,7 @@ def test_xgen_7b():
 TOKENS = st.integers(1, 30_000)
 
 
+@settings(deadline=None)  # on a busy machine any example may take long
 @given(TOKENS, TOKENS, st.integers(3, 9), st.integers(1, 7), st.integers(0, 60_000))
 def test_length_batch_and_the_cut_into_stages_do_not_enter(first, second, power, sequences, tokens):
     """At equal tokens: one stage or two, any length, any batch, dividing the stage's tokens or not."""
@@ -56,6 +57,7 @@ def test_length_batch_and_the_cut_into_stages_do_not_enter(first, second, power,
     assert learning_rate(other, tokens) == learning_rate(plain, tokens)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5000), st.integers(5001, 50_000))
 def test_it_rises_to_the_peak_then_falls_to_the_final_rate_and_stays(warmup, total):
     recipe = recipe_of([stage(total)], warmup)
