@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -18,6 +21,10 @@ from xgen.recipe.schema import Model, Optimizer, Recipe
 
 ONE = Sizes(1, 1, 1, 1)
 GIB = 2**30
+
+
+COMPILED = json.loads((Path(__file__).parent / "compiled_steps.json").read_text())["steps"]
+"""What the TPU's compiler said of real steps: `python benchmarks/plan_memory.py --write` makes this file."""
 
 
 def seven() -> tuple[Recipe, Spec]:
@@ -105,3 +112,24 @@ def test_one_microbatch_needs_no_sum_of_gradients() -> None:
     sizes = Sizes(1, 512, 1, 1)
     one = arithmetic(spec, stage, recipe.optimizer, Choice(sizes, stage.batch_tokens, "block"))
     assert one.by_kind["gradients"] == one.by_kind["parameters"]
+
+
+def name_of(told: dict[str, Any]) -> str:
+    return "-".join(str(told[key]) for key in ("recipe", "on", "stage", "sizes", "rows", "remat", "microbatches"))
+
+
+@pytest.mark.parametrize("told", COMPILED, ids=name_of)
+def test_it_is_within_a_tenth_of_the_compiler(told: dict[str, Any]) -> None:
+    recipe, sizes = load_recipe(told["recipe"], told["overrides"]).recipe, Sizes(*told["sizes"])
+    stage = recipe.stages[told["stage"]]
+    choice = Choice(sizes, told["rows"] * sizes.replica * sizes.fsdp * stage.length, told["remat"])
+    stage = stage.model_copy(update={"batch_tokens": told["microbatches"] * choice.microbatch_tokens})
+    spec = Spec(recipe.model, recipe.model.vocab_size, recipe.compute)
+    found = arithmetic(spec, stage, recipe.optimizer, choice)
+    assert found.total == pytest.approx(told["bytes_per_chip"], rel=0.1), found
+
+
+def test_enough_steps_were_compiled() -> None:
+    assert len(COMPILED) >= 12
+    assert {step["remat"] for step in COMPILED} == {"none", "dots", "block"}
+    assert len({(step["recipe"], step["on"]) for step in COMPILED}) >= 8

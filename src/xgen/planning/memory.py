@@ -193,16 +193,17 @@ def layer_bytes(at: Local, choice: Choice) -> int:
     """One layer's backward pass when it has come to the feed-forward circuit, from its end.
 
     Of the stream its input, both norms' results, the input of the second and the gradient; of attention the queries,
-    keys, values and the mixed heads, and their log-sum-exp, each of whose numbers takes a row of 128; SwiGLU's inputs,
-    its result's gradient and their gradients; the largest weight, gathered, and its float32 gradient before it is dealt
-    out. What the policy keeps of these is read where it lies.
+    keys, values and the mixed heads; SwiGLU's inputs, its result's gradient and the gate's (the other takes the place
+    of one of these); the weights gathered by then, and the float32 gradient of the last one before it is dealt out.
+    What the policy keeps of these is read where it lies.
     """
     stream = (5 if at.sequential else 3) * at.hidden
-    heads = at.kernel * at.width + at.heads * LANES * FLOAT32
-    circuits = (5 if at.gated else 3) * at.inner
+    circuits = (4 if at.gated else 3) * at.inner
+    wide = at.hidden * at.inner
+    gathered = (2 if at.gated else 1) * wide + 2 * at.hidden * (at.query + at.key)
     shards = choice.sizes.fsdp * choice.sizes.context
-    weight = max(at.hidden * at.inner, at.hidden * at.query) * (FLOAT32 + (at.width if shards > 1 else 0))
-    return at.tokens * ((stream + circuits) * at.width + heads) + weight
+    weights = max(wide, at.hidden * at.query) * FLOAT32 + (gathered * at.width if shards > 1 else 0)
+    return at.tokens * (stream + circuits + at.kernel) * at.width + weights
 
 
 def embedding_bytes(at: Local, sizes: Sizes) -> int:

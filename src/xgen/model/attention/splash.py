@@ -54,10 +54,30 @@ def splash(
     scaled = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
     queries, query_segments = (_filled(scaled, blocks.queries), _filled(segments, blocks.queries))
     heads_first = partial(jnp.swapaxes, axis1=1, axis2=2)
-    out = jax.vmap(kernel)(
-        heads_first(queries), heads_first(keys), heads_first(values), SegmentIds(query_segments, key_segments)
-    )
+    rows = (heads_first(queries), heads_first(keys), heads_first(values))
+    out = _attended(*rows, kernel, SegmentIds(query_segments, key_segments))
     return heads_first(out)[:, :columns].astype(q.dtype)
+
+
+@jax.custom_vjp
+def _attended(q: Array, k: Array, v: Array, kernel: Any, segments: SegmentIds) -> Array:
+    """The kernel over all rows. Bound to the result, what its gradient needs is taken from the kernel's output at once:
+    XLA would keep the log-sum-exps, one number a query, in the rows of 128 copies that the kernel writes."""
+    out: Array = jax.vmap(kernel)(q, k, v, segments)
+    return out
+
+
+def _attended_forward(q: Array, k: Array, v: Array, kernel: Any, segments: SegmentIds) -> tuple[Array, Any]:
+    out, pull = jax.vjp(lambda *rows: jax.vmap(kernel)(*rows, segments), q, k, v)
+    bound: tuple[Array, Any] = jax.lax.optimization_barrier((out, pull))
+    return bound
+
+
+def _attended_backward(pull: Any, gradient: Array) -> tuple[Array | None, ...]:
+    return (*pull(gradient), None, None)
+
+
+_attended.defvjp(_attended_forward, _attended_backward)
 
 
 def _filled(x: Array, length: int) -> Array:
