@@ -26,6 +26,8 @@ def as_table(plan: dict[str, Any]) -> RenderableType:
         "",
         _memory(plan),
         "",
+        _policies(plan),
+        "",
         _training(plan),
         "",
         _cost(plan),
@@ -88,6 +90,25 @@ def _memory(plan: dict[str, Any]) -> Table:
             source += f", {number(stage['compile_seconds'])} s"
         choice = (mesh(stage["mesh"]), format_length(stage["microbatch_tokens"]), stage["rematerialisation"])
         table.add_row(escape(stage["name"]), count(stage["length"]), bar, used, *choice, source)
+    return table
+
+
+def _policies(plan: dict[str, Any]) -> Table:
+    """What each rematerialisation would take by arithmetic, all else as planned: memory a chip, and the FLOPs that are
+    computed over the model's."""
+    table = _table(False)
+    table.add_column("stage")
+    for policy in plan["stages"][0]["policies"]:
+        table.add_column(f"remat {policy['rematerialisation']}", no_wrap=True)
+    for stage in plan["stages"]:
+        cells = [
+            Text(
+                f"{size(policy['bytes_per_chip'])}, {policy['flops_over_model']:.2f} x FLOPs",
+                style="" if policy["fits"] else "red",
+            )
+            for policy in stage["policies"]
+        ]
+        table.add_row(escape(stage["name"]), *cells)
     return table
 
 
