@@ -19,7 +19,18 @@ def test_a_plan_in_all_its_forms(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["parameters"] == 6_895_702_016
     assert found["assumptions"]["price"] == 2
-    for text in ("41.7 G", "43.3 G", "46.6 G", "6.47e+22", "--price 2", "--grid 0.385", "It fits.", "remat dots", "1.32 x FLOPs", found["command"]):
+    for text in (
+        "41.7 G",
+        "43.3 G",
+        "46.6 G",
+        "6.47e+22",
+        "--price 2",
+        "--grid 0.385",
+        "It fits.",
+        "remat dots",
+        "1.32 x FLOPs",
+        found["command"],
+    ):
         assert text in done.out.replace("\n", " ")
     assert "<svg" in (tmp_path / "plan.html").read_text()
 
