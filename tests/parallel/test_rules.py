@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from xgen.errors import RecipeError
-from xgen.parallel.mesh import Sizes
+from xgen.parallel.mesh import NAMES, Sizes, line_of, split_of
 from xgen.parallel.rules import require_even
 from xgen.recipe.schema import Model, Stage
 from xgen.recipe.units import parse_length
@@ -119,3 +121,13 @@ def test_each_value_that_is_offered_mends_what_is_told() -> None:
             assert mended.batch_tokens % mended.microbatch_tokens == 0
             assert not (after := told(model, mended, mesh)).startswith(f"{key}: "), (message, after)
     assert len(keys) == 4, keys
+
+
+def test_only_tpus_have_a_torus() -> None:
+    """A GPU has coordinates too, of one number: its own."""
+    gpus = [SimpleNamespace(platform="gpu", coords=[0], id=number) for number in range(64)]
+    assert line_of(Sizes(1, 64, 1, 1), gpus) == 1
+    mesh = SimpleNamespace(
+        devices=np.array(gpus).reshape(1, 64, 1, 1, 1), shape=dict(zip(NAMES, (1, 64, 1, 1, 1), strict=True))
+    )
+    assert split_of(mesh).shards == (("fsdp",),)

@@ -15,7 +15,7 @@ from xgen.model.linear import accumulator
 from xgen.model.loss import masked_logits, token_nll, weighted_loss
 from xgen.model.rope import angles, rotate
 from xgen.model.spec import Spec
-from xgen.model.split import Split, enter, gather, leave, whole
+from xgen.model.split import Split, enter, gather, gather_with_gradient, leave
 from xgen.model.weights import Block, Weight, Weights, map_rows
 
 
@@ -54,7 +54,8 @@ def _with_whole_vectors(weights: Weights, split: Split) -> Weights:
         return weights
 
     def of(leaf: Array, row: Weight) -> Array:
-        return whole(leaf, split.shards, leaf.ndim - 1) if row.axes[-1] == "embed" and not row.decay else leaf
+        stored = row.axes[-1] == "embed" and not row.decay
+        return gather_with_gradient(leaf, split.shards, leaf.ndim - 1) if stored else leaf
 
     gathered: Weights = jax.tree.map(of, weights, map_rows(weights, lambda row: row))
     return gathered

@@ -100,20 +100,20 @@ leave.defvjp(_leave_forward, _leave_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def whole(x: Array, axes: Groups, dimension: int) -> Array:
+def gather_with_gradient(x: Array, axes: Groups, dimension: int) -> Array:
     """`gather`, with its gradient: each part gets its share of the sum."""
     return gather(x, axes, dimension)
 
 
-def _whole_forward(x: Array, axes: Groups, dimension: int) -> tuple[Array, None]:
+def _gather_forward(x: Array, axes: Groups, dimension: int) -> tuple[Array, None]:
     return gather(x, axes, dimension), None
 
 
-def _whole_backward(axes: Groups, dimension: int, _: None, gradient: Array) -> tuple[Array]:
+def _gather_backward(axes: Groups, dimension: int, _: None, gradient: Array) -> tuple[Array]:
     return (scatter(gradient, axes, dimension),)
 
 
-whole.defvjp(_whole_forward, _whole_backward)
+gather_with_gradient.defvjp(_gather_forward, _gather_backward)
 
 
 def total(x: Array, axes: tuple[str, ...]) -> Array:

@@ -51,7 +51,7 @@ def split_of(mesh: jax.sharding.Mesh) -> Split:
 def _takes_whole_sides(mesh: jax.sharding.Mesh, axis: str) -> bool:
     """Whether `axis` takes in whole sides of the torus. Of several axes that do a TPU's compiler gathers over all links
     at once; where one takes in part of a side it would instead sum up an array of zeros and parts."""
-    if not hasattr(mesh.devices.flat[0], "coords"):
+    if mesh.devices.flat[0].platform != "tpu":
         return True
     line = np.moveaxis(mesh.devices, NAMES.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0]
     every = list(mesh.devices.flat)
@@ -95,11 +95,11 @@ def line_of(wanted: Sizes, devices: Sequence[Any]) -> int:
     """Chips along the inner part of fsdp: 1 unless fsdp takes in more TPUs than their compiler can scatter over.
 
     Over more than 32 chips at once that compiler has no reduce-scatter: it reduces to every chip and cuts, which takes
-    the bytes and the memory of the whole. Over 16 or 32, and then what is left over the inner part, it scatters. For
+    the bytes and the memory of the whole. Over 16 or 32, and then over an inner part of up to 32, it scatters. For
     128 chips and more 32 come first: all then passes fewer links (seen on slices of v4, v5e and v6e with libtpu 0.0.52;
     tests/parallel/test_mesh_tpu.py).
     """
-    if not hasattr(devices[0], "coords") or wanted.fsdp <= 32:
+    if devices[0].platform != "tpu" or wanted.fsdp <= 32:
         return 1
     outer = 32 if wanted.fsdp >= 128 and wanted.fsdp % 32 == 0 else 16
     return wanted.fsdp // outer if wanted.fsdp % outer == 0 else 1

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import gcd, isqrt
+from math import gcd
 
 import jax
 from jax.sharding import PartitionSpec
@@ -12,6 +11,7 @@ from xgen.errors import RecipeError
 from xgen.model import Spec
 from xgen.model.weights import Axis, Weight, Weights, abstract, map_rows
 from xgen.parallel.mesh import LINE, Sizes
+from xgen.recipe.near import divisors, near
 from xgen.recipe.schema import Model, Stage
 from xgen.recipe.units import format_length
 
@@ -74,9 +74,9 @@ def _tensor(model: Model, sizes: Sizes, place: str) -> str:
     uneven = next((key for key, size in cut.items() if size % sizes.tensor), None)
     if uneven is None:
         return ""
-    fitting = _divisors(gcd(sizes.devices, *cut.values()))
+    fitting = divisors(gcd(sizes.devices, *cut.values()))
     told = f"{place}.mesh.tensor: {sizes.tensor} does not divide model.{uneven} {cut[uneven]}"
-    return f"{told}; use {_near(sizes.tensor, fitting)}"
+    return f"{told}; use {near(sizes.tensor, fitting)}"
 
 
 def _shards(model: Model, sizes: Sizes, place: str) -> str:
@@ -86,10 +86,10 @@ def _shards(model: Model, sizes: Sizes, place: str) -> str:
         return ""
     told = f"{place}.mesh: fsdp {sizes.fsdp} x context {sizes.context} does not divide model.hidden_size {width}"
     if width % sizes.context:
-        fitting = _divisors(gcd(sizes.devices // sizes.tensor, width))
-        return f"{told}; use context {_near(sizes.context, fitting)}"
-    fitting = _divisors(gcd(sizes.replica * sizes.fsdp, width // sizes.context))
-    return f"{told}; use fsdp {_near(sizes.fsdp, fitting)}, and replica for the other devices"
+        fitting = divisors(gcd(sizes.devices // sizes.tensor, width))
+        return f"{told}; use context {near(sizes.context, fitting)}"
+    fitting = divisors(gcd(sizes.replica * sizes.fsdp, width // sizes.context))
+    return f"{told}; use fsdp {near(sizes.fsdp, fitting)}, and replica for the other devices"
 
 
 def _rows(stage: Stage, sizes: Sizes, place: str) -> str:
@@ -97,7 +97,7 @@ def _rows(stage: Stage, sizes: Sizes, place: str) -> str:
     rows, ways = stage.microbatch_tokens // stage.length, sizes.replica * sizes.fsdp
     if rows % ways == 0:
         return ""
-    fewer = _near(ways, _divisors(gcd(rows, ways)))
+    fewer = near(ways, divisors(gcd(rows, ways)))
     told = (
         f"{place}.microbatch_tokens: {format_length(stage.microbatch_tokens)} is {rows} sequence"
         f"{'s' if rows > 1 else ''} of {format_length(stage.length)}, which cannot be dealt out evenly to replica "
@@ -106,8 +106,8 @@ def _rows(stage: Stage, sizes: Sizes, place: str) -> str:
     mesh = f"replica x fsdp of {fewer}, with more devices along {place}.mesh.context or tensor"
     once = ways * stage.length
     if stage.batch_tokens % once == 0:
-        fitting = [once * each for each in _divisors(stage.batch_tokens // once)]
-        return f"{told}; use {_near(stage.microbatch_tokens, fitting, format_length)}, or {mesh}"
+        fitting = [once * each for each in divisors(stage.batch_tokens // once)]
+        return f"{told}; use {near(stage.microbatch_tokens, fitting, format_length)}, or {mesh}"
     whole = -(-stage.batch_tokens // once) * once
     return f"{told}; use {mesh}, or {format_length(once)} with {place}.batch_tokens {format_length(whole)}"
 
@@ -116,21 +116,8 @@ def _columns(stage: Stage, sizes: Sizes, place: str) -> str:
     """Of a sequence: each context part has two stretches of it."""
     if sizes.context == 1 or stage.length % (2 * sizes.context) == 0:
         return ""
-    fitting = [parts for parts in _divisors(sizes.devices) if parts == 1 or stage.length % (2 * parts) == 0]
+    fitting = [parts for parts in divisors(sizes.devices) if parts == 1 or stage.length % (2 * parts) == 0]
     return (
         f"{place}.mesh.context: {sizes.context} parts of two stretches each do not divide {place}.length "
-        f"{format_length(stage.length)}; use {_near(sizes.context, fitting)}"
+        f"{format_length(stage.length)}; use {near(sizes.context, fitting)}"
     )
-
-
-def _divisors(number: int) -> list[int]:
-    small = [each for each in range(1, isqrt(number) + 1) if number % each == 0]
-    return sorted({*small, *(number // each for each in small)})
-
-
-def _near(wanted: int, fitting: list[int], written: Callable[[int], str] = str) -> str:
-    """Two of `fitting` below what was wanted and two above: "2, 4 or 8"."""
-    *others, last = map(
-        written, [each for each in fitting if each < wanted][-2:] + [each for each in fitting if each > wanted][:2]
-    )
-    return f"{', '.join(others)} or {last}" if others else last

@@ -73,7 +73,7 @@ class World:
         self._watch.begins(step)
 
     def ready(self, program: str) -> None:
-        """`program` is compiled here, what it needs is there, and it is about to run for the first time: wait for all.
+        """`program`, which may be new to a group of devices, is compiled here, what it needs is there: wait for all.
 
         They may take long to compile, each in its own time, and gloo gives up after 30 seconds when the others come
         later than that to a group's first collective (to later ones they may come when they like).

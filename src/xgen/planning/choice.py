@@ -11,6 +11,7 @@ from xgen.errors import RecipeError
 from xgen.model import Spec
 from xgen.parallel.mesh import Sizes
 from xgen.parallel.rules import require_even
+from xgen.recipe.near import divisors
 from xgen.recipe.schema import Mesh, Recipe, Stage
 from xgen.recipe.units import format_length
 
@@ -114,10 +115,10 @@ def meshes_of(chips: int, slices: int, spec: Spec) -> Iterator[Sizes]:
     """Every mesh of `chips` chips that can hold the model in even parts, and whose weights' shards stay within one
     slice: between slices lies the slower network, which only the replicas' gradients, once a step, should cross."""
     model = spec.model
-    for tensor in _divisors(math.gcd(chips // slices, model.kv_heads)):
-        for shards in _divisors(math.gcd(chips // slices // tensor, model.hidden_size)):
+    for tensor in divisors(math.gcd(chips // slices, model.kv_heads)):
+        for shards in divisors(math.gcd(chips // slices // tensor, model.hidden_size)):
             yield from (
-                Sizes(chips // tensor // shards, shards // context, context, tensor) for context in _divisors(shards)
+                Sizes(chips // tensor // shards, shards // context, context, tensor) for context in divisors(shards)
             )
 
 
@@ -125,8 +126,4 @@ def microbatches(stage: Stage, ways: int) -> list[int]:
     """Tokens of a microbatch, largest first: whole sequences that divide the batch and deal out evenly `ways` ways."""
     if stage.sequences % ways:
         return []
-    return [rows * ways * stage.length for rows in reversed(_divisors(stage.sequences // ways))]
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    return [rows * ways * stage.length for rows in reversed(divisors(stage.sequences // ways))]

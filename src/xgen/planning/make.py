@@ -77,9 +77,9 @@ def plan_recipe(
 
 def _all_given(recipe: Recipe) -> dict[str, Origin]:
     """Origins for a recipe that was built in Python: every value is its author's."""
-    stated = Origin("given", "the recipe")
+    given = Origin("given", "the recipe")
     keys = ("microbatch_tokens", "remat", "mesh.replica", "mesh.fsdp", "mesh.context", "mesh.tensor")
-    return {f"stages.{index}.{key}": stated for index in range(len(recipe.stages)) for key in keys}
+    return {f"stages.{index}.{key}": given for index in range(len(recipe.stages)) for key in keys}
 
 
 def _stated_after(stages: list[Planned]) -> list[Planned]:
@@ -122,7 +122,7 @@ def _stage(one: Planned, each: Cost, spec: Spec, on: Slice) -> dict[str, Any]:
         if facts is None or facts.collectives is None
         else {kind: dict(each) for kind, each in facts.collectives.items()},
         "largest_temporaries": None
-        if facts is None
+        if facts is None or facts.collectives is None
         else [{"shape": shape, "bytes": size} for shape, size in facts.largest_temporaries],
         "roofline": _roofline(facts, stage.batch_tokens * flops / on.chips),
         "as_written": _written(one, on),

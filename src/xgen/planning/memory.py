@@ -15,6 +15,7 @@ from functools import cache
 from jax.sharding import PartitionSpec
 
 from xgen.model import Spec
+from xgen.model.attention.blocks import LANES
 from xgen.model.decoder import LOOKUP
 from xgen.model.loss import CHUNK_LOGITS
 from xgen.model.weights import Weight, rows
@@ -28,9 +29,6 @@ BATCH_ARRAYS = 4
 """ids, targets, segments, positions: int32 each."""
 
 KINDS = ("parameters", "optimizer", "gradients", "activations", "temporaries")
-
-LANES = 128
-"""Numbers that a row of an array takes in a TPU's memory at least."""
 
 OPTIMIZER_COPIES = 1.0
 """Float32 copies of the weights' shards that the update holds beside the gradient: the directions, whose norm is needed
@@ -63,8 +61,8 @@ class Local:
     """Heads x head size of this chip."""
     key: int
     kernel: int
-    """Queries, keys, values and mixed heads of a token as attention's kernel takes them: each head filled up to 128
-    numbers; of keys and values those of all context parts, unless they go round a ring."""
+    """Queries, keys, values and mixed heads of a token as attention's kernel takes them: each head filled up to
+    multiples of 128 numbers; of keys and values those of all context parts, unless they go round a ring."""
     inner: int
     vocabulary: int
     width: int
@@ -98,7 +96,7 @@ def arithmetic(spec: Spec, stage: Stage, optimizer: Optimizer, choice: Choice) -
 
 def local(spec: Spec, choice: Choice) -> Local:
     model, sizes = spec.model, choice.sizes
-    head = max(model.head_size, LANES)
+    head = _filled(model.head_size)
     seen = sizes.context if spec.compute.exchange == "gather" else 1
     return Local(
         tokens=choice.microbatch_tokens // (sizes.devices // sizes.tensor),
@@ -210,8 +208,13 @@ def embedding_bytes(at: Local, sizes: Sizes) -> int:
     """The tokens that are looked up at once, with the gradients of their rows in float32 and in the compute type: of
     each row a chip holds only its columns, filled up to 128."""
     shards = sizes.fsdp * sizes.context
-    columns = max(at.hidden // shards, LANES)
+    columns = _filled(at.hidden // shards)
     return min(LOOKUP, at.tokens * shards) * columns * (FLOAT32 + at.width)
+
+
+def _filled(numbers: int) -> int:
+    """Of a row of an array, as a TPU's memory holds it."""
+    return -(-numbers // LANES) * LANES
 
 
 def orthogonal_bytes(spec: Spec, optimizer: Optimizer, sizes: Sizes) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import lcm
 
 from xgen.recipe.draft import Origin
 from xgen.recipe.keys import quote_key
+from xgen.recipe.near import divisors, either, near
 from xgen.recipe.schema import Mesh, Model, Recipe, RopeScaling
 from xgen.recipe.units import format_length, format_tokens
 from xgen.recipe.values import Problem
@@ -37,9 +38,9 @@ def check_recipe(recipe: Recipe, origins: Mapping[str, Origin], continued: bool 
 
 def _check_model(model: Model, origins: Mapping[str, Origin]) -> Iterator[Problem]:
     if origins["model.head_size"].kind == "derived" and model.hidden_size % model.heads:
-        fitting = _near(model.heads, _divisors(model.hidden_size), lambda heads: model.hidden_size // heads % 2 == 0)
+        fitting = near(model.heads, (n for n in divisors(model.hidden_size) if model.hidden_size // n % 2 == 0))
         below = model.hidden_size // (2 * model.heads) * 2 * model.heads
-        widths = _either([str(width) for width in (below, below + 2 * model.heads) if width])
+        widths = either([str(width) for width in (below, below + 2 * model.heads) if width])
         text = f"{model.heads} does not divide model.hidden_size {model.hidden_size}; use "
         remedy = f"{fitting} heads, or hidden_size {widths}" if fitting else f"hidden_size {widths}"
         yield Problem("model.heads", f"{text}{remedy}, or set model.head_size")
@@ -47,7 +48,7 @@ def _check_model(model: Model, origins: Mapping[str, Origin]) -> Iterator[Proble
         text = f"{model.head_size}{_came(origins, 'model.head_size')} is odd, and rotary positions turn pairs; "
         yield Problem("model.head_size", text + "choose heads or head_size so that it is even")
     if model.heads % model.kv_heads:
-        fitting = _near(model.kv_heads, _divisors(model.heads))
+        fitting = near(model.kv_heads, divisors(model.heads))
         yield Problem("model.kv_heads", f"{model.kv_heads} does not divide heads {model.heads}; use {fitting}")
     yield from check_rope(model)
 
@@ -65,7 +66,7 @@ def check_rope(model: Model) -> Iterator[Problem]:
         value = getattr(scaling, name)
         if scaling.kind not in kinds and value != getattr(plain, name):
             text = f'{value:g} has no effect while kind is "{scaling.kind}"; take it out, or set kind to '
-            yield Problem(f"{at}.{name}", text + _either([f'"{kind}"' for kind in kinds]))
+            yield Problem(f"{at}.{name}", text + either([f'"{kind}"' for kind in kinds]))
     if scaling.kind in _ONLY_OF["high_turns"] and scaling.high_turns <= scaling.low_turns:
         text = f"{scaling.high_turns:g} is not above low_turns {scaling.low_turns:g}, and planes are blended between; "
         yield Problem(f"{at}.high_turns", f"{text}use more, or fewer low_turns")
@@ -93,7 +94,7 @@ def _check_vocabulary(recipe: Recipe, continued: bool) -> Iterator[Problem]:
 def _check_mesh(path: str, mesh: Mesh, model: Model) -> Iterator[Problem]:
     if model.heads % mesh.tensor:
         text = f"{mesh.tensor} does not divide model.heads {model.heads}; use "
-        yield Problem(f"{path}.tensor", text + _near(mesh.tensor, _divisors(model.heads)))
+        yield Problem(f"{path}.tensor", text + near(mesh.tensor, divisors(model.heads)))
     if mesh.replica == "rest" and mesh.fsdp == "rest":
         yield Problem(path, 'replica and fsdp cannot both be "rest"; give one of them a number')
 
@@ -111,7 +112,7 @@ def _check_stages(recipe: Recipe, origins: Mapping[str, Origin]) -> Iterator[Pro
             yield from _check_mesh(f"{path}.mesh", stage.mesh, recipe.model)
         if stage.length % stage.mesh.context:
             text = f"{stage.mesh.context}{_came(origins, f'{path}.mesh.context')} does not divide {path}.length "
-            fitting = _near(stage.mesh.context, _divisors(stage.length))
+            fitting = near(stage.mesh.context, divisors(stage.length))
             yield Problem(f"{path}.mesh.context", f"{text}{format_length(stage.length)}; use {fitting}")
 
 
@@ -124,13 +125,13 @@ def _check_batch(index: int, recipe: Recipe, origins: Mapping[str, Origin]) -> I
     if batch % length:
         fits = length if index > first else lcm(*(later.length for later in recipe.stages[first:last]))
         below = batch // fits * fits
-        sizes = _either([format_length(size) for size in (below, below + fits) if size])
+        sizes = either([format_length(size) for size in (below, below + fits) if size])
         text = f"{format_length(batch)}{_came(origins, f'{path}.batch_tokens')} is not a multiple of "
         yield Problem(f"{path}.batch_tokens", f"{text}{path}.length {format_length(length)}; use {sizes}")
     elif micro % length or batch % micro:
-        fitting = [length * sequences for sequences in _divisors(batch // length)]
+        fitting = [length * sequences for sequences in divisors(batch // length)]
         text = f"{format_length(micro)} is not whole sequences of {format_length(length)} that divide the batch of "
-        sizes = _near(micro, fitting, written=format_length)
+        sizes = near(micro, fitting, written=format_length)
         yield Problem(f"{path}.microbatch_tokens", f"{text}{format_length(batch)}; use {sizes}")
 
 
@@ -195,27 +196,3 @@ def _came(origins: Mapping[str, Origin], path: str) -> str:
     """What a derived value came from, in brackets, so that its reader knows what to change; nothing for others."""
     origin = origins[path]
     return f" (from {origin.detail.partition(' (')[0]})" if origin.kind == "derived" else ""
-
-
-def _divisors(number: int) -> list[int]:
-    small = [divisor for divisor in range(1, int(number**0.5) + 1) if number % divisor == 0]
-    return sorted({*small, *(number // divisor for divisor in small)})
-
-
-def _near(
-    wanted: int,
-    fitting: Iterable[int],
-    accept: Callable[[int], bool] = lambda _: True,
-    *,
-    written: Callable[[int], str] = str,
-) -> str:
-    """The values of `fitting` nearest to `wanted`: up to two below it and two above."""
-    values = [value for value in sorted(fitting) if accept(value)]
-    below = [value for value in values if value < wanted][-2:]
-    above = [value for value in values if value > wanted][:2]
-    return _either([written(value) for value in below + above])
-
-
-def _either(texts: list[str]) -> str:
-    """The texts as a choice: "a", "a or b", "a, b or c"."""
-    return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)

@@ -249,10 +249,10 @@ def reopen(recipe: Recipe, folder: Path, world: World | None = None) -> Run:
     layouts_of(recipe)
     stores, tokenizer = reopen_sources(recipe, folder, folder / STORES)
     _check_sources(folder, stores)
-    run = _assemble(Prepared(recipe, stores, tokenizer), folder, world or World())
+    run = replace(_assemble(Prepared(recipe, stores, tokenizer), folder, world or World()), start=read_start(folder))
     if run.world.is_writer:
         replace_text(folder / RECIPE, dump_toml(recipe))
-    return replace(run, start=read_start(folder))
+    return run
 
 
 def first_state(run: Run) -> State:
