@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from xgen.errors import RecipeError
 from xgen.model.linear import project
 from xgen.parallel import topology
 from xgen.parallel.hlo import read_work
@@ -46,7 +47,7 @@ def exchanged(chips, sizes: Sizes, what: str, line: int | None = None) -> dict[s
     def array(shape: tuple[int, int], place: PartitionSpec, dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(place))
 
-    tokens = sizes.fsdp * sizes.context * 128
+    tokens = sizes.replica * sizes.fsdp * sizes.context * 128
     given = array((tokens, INPUTS), rows, jnp.bfloat16), array((INPUTS, OUTPUTS), stored, jnp.float32)
     compiled = program.lower(*given, array((tokens, OUTPUTS), rows, jnp.bfloat16)).compile()
     return dict(read_work(compiled.as_text()).bytes_by_kind())
@@ -88,3 +89,15 @@ def test_weights_are_gathered_and_not_summed_from_zeros(name, sizes, groups):
     chips = chips_of(name)
     assert len(split_of(Layout(sizes, chips).mesh).shards) == groups
     assert exchanged(chips, sizes, "result").keys() == {"all-gather"}
+
+
+def test_slices_hold_whole_replicas():
+    chips = chips_of("2*v5e:4x4")
+    mesh = Layout(Sizes(2, 16, 1, 1), chips).mesh
+    assert [{chip.slice_index for chip in replica.flat} for replica in mesh.devices] == [{0}, {1}]
+    with pytest.raises(
+        RecipeError, match=r"mesh\.replica: 1 replicas.*2 slices; use a multiple of 2"
+    ):
+        _ = Layout(Sizes(1, 32, 1, 1), chips).mesh
+    between = exchanged(chips, Sizes(2, 16, 1, 1), "gradient")
+    assert between.keys() == {"reduce-scatter"}  # the replicas' sum is taken once a step

@@ -80,7 +80,11 @@ def sizes(choice: MeshChoice, devices: int, place: str = "mesh") -> Sizes:
 
 def build(wanted: Sizes, devices: Sequence[Any] | None = None, line: int | None = None) -> jax.sharding.Mesh:
     """The mesh over `devices` (all there are), laid out by JAX so that the inner axes are neighbours. `line`: devices
-    along `LINE`; `line_of` these devices when it is left out."""
+    along `LINE`; `line_of` these devices when it is left out.
+
+    Of several slices each holds whole replicas: the network between them should only be crossed once a step. Raises
+    RecipeError when the replicas cannot be dealt out so.
+    """
     found = list(devices) if devices is not None else jax.devices()
     inner = line_of(wanted, found) if line is None else line
     shape = (wanted.replica, wanted.fsdp // inner, inner, wanted.context, wanted.tensor)
@@ -88,7 +92,17 @@ def build(wanted: Sizes, devices: Sequence[Any] | None = None, line: int | None 
         return jax.sharding.Mesh(np.array(found).reshape(shape), NAMES)
     from jax.experimental import mesh_utils
 
-    return jax.sharding.Mesh(mesh_utils.create_device_mesh(shape, found, allow_split_physical_axes=True), NAMES)
+    slices: dict[int, list[Any]] = {}
+    for device in found:
+        slices.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+    if wanted.replica % len(slices):
+        raise RecipeError(
+            f"mesh.replica: {wanted.replica} replicas cannot be dealt out to {len(slices)} slices; use a multiple of "
+            f"{len(slices)}, and less fsdp, context or tensor: weights are not gathered from another slice"
+        )
+    part = (wanted.replica // len(slices), *shape[1:])
+    laid = [mesh_utils.create_device_mesh(part, one, allow_split_physical_axes=True) for one in slices.values()]
+    return jax.sharding.Mesh(np.concatenate(laid), NAMES)
 
 
 def line_of(wanted: Sizes, devices: Sequence[Any]) -> int:
