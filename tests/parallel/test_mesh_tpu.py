@@ -95,9 +95,7 @@ def test_slices_hold_whole_replicas():
     chips = chips_of("2*v5e:4x4")
     mesh = Layout(Sizes(2, 16, 1, 1), chips).mesh
     assert [{chip.slice_index for chip in replica.flat} for replica in mesh.devices] == [{0}, {1}]
-    with pytest.raises(
-        RecipeError, match=r"mesh\.replica: 1 replicas.*2 slices; use a multiple of 2"
-    ):
+    with pytest.raises(RecipeError, match=r"mesh\.replica: 1 replicas.*2 slices; use a multiple of 2"):
         _ = Layout(Sizes(1, 32, 1, 1), chips).mesh
     between = exchanged(chips, Sizes(2, 16, 1, 1), "gradient")
     assert between.keys() == {"reduce-scatter"}  # the replicas' sum is taken once a step
