@@ -19,6 +19,9 @@ __all__ = ["micro"]
 
 Popen = subprocess.Popen[str]
 
+BFLOAT16 = 1e-3
+"""Of losses in bfloat16, whose sums are taken in another order; in float32 four processes differ by 2e-7 from one."""
+
 
 MESH_OF_EACH_STAGE = (
     "stages.0.mesh.fsdp=4",
@@ -59,7 +62,7 @@ def test_only_the_first_process_speaks_and_standard_output_is_json(micro: Micro,
     assert result["tokens"] == micro.result["tokens"]
     assert (second.out, second.err) == ("", "")
     losses, alone = ([line["loss"] for line in lines(run)] for run in (tmp_path / "run", micro.straight))
-    assert losses == pytest.approx(alone, rel=1e-4)
+    assert losses == pytest.approx(alone, rel=BFLOAT16)
 
 
 def measured(run: Path) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def test_a_signal_to_one_saves_on_both_and_one_process_goes_on(micro: Micro, tmp
     done = run_process("train", "--resume", run, "--devices", 2, "--quiet")
     assert done.code == 0, done.err
     losses, alone = ([line["loss"] for line in lines(each)] for each in (run, micro.straight))
-    assert losses == pytest.approx(alone, rel=1e-4)
+    assert losses == pytest.approx(alone, rel=BFLOAT16)
 
 
 @pytest.mark.slow
