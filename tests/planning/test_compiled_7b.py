@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from xgen.model import Spec
 from xgen.model.flops import flops_per_token
-from xgen.parallel.mesh import Sizes
 from xgen.parallel.slices import parse_slice
 from xgen.parallel.topology import available
-from xgen.planning.choice import Choice, with_choice
 from xgen.planning.compiled import CompiledFacts
-from xgen.planning.compiler import compile_for_slice
 from xgen.recipe.load import load_recipe
 
 pytestmark = [pytest.mark.oracle, pytest.mark.slow]
@@ -29,12 +29,11 @@ def facts() -> CompiledFacts:
     """A step of one sequence of 8,192 tokens a chip, on 64 chips of v4."""
     if not available():
         pytest.fail("needs the TPU compiler: pip install 'xgen[tpu]', or leave it out with -m \"not oracle\"")
-    sizes = Sizes(1, CHIPS, 1, 1)
-    recipe = with_choice(load_recipe("xgen-7b-8k").recipe, 2, Choice(sizes, CHIPS * LENGTH, "block"))
-    stages = (*recipe.stages[:2], recipe.stages[2].model_copy(update={"batch_tokens": CHIPS * LENGTH}))
-    found = compile_for_slice(recipe.model_copy(update={"stages": stages}), 2, sizes, parse_slice("v4:4x4x4"))
-    assert isinstance(found, CompiledFacts)
-    return found
+    program = Path(__file__).with_name("compiled_7b.py")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return CompiledFacts(**json.loads(done.stdout))
 
 
 def test_it_compiles_in_time_and_fits(facts: CompiledFacts) -> None:

@@ -67,9 +67,9 @@ since rows are filled up to 128 float32."""
 
 
 def embed(
-    embedding: Float[Array, "V D"], ids: Int[Array, "B S"], dtype: jnp.dtype, split: Split
+    embedding: Float[Array, "V K"], ids: Int[Array, "B S"], dtype: jnp.dtype, split: Split
 ) -> Float[Array, "B S D"]:
-    """Each token's row in the compute type.
+    """Each token's row in the compute type; K are the columns of it that this device stores.
 
     On a mesh a device looks up the tokens of all with which it shares the rows, in the columns that it stores, and they
     exchange what they found: bytes in proportion to the tokens, where a gather of the table would move all of it.
