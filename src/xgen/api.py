@@ -67,9 +67,9 @@ def train(
     each of which calls this. Returns the result (docs/reference/run-folder.md lists its keys). Raises the errors of
     `xgen.errors`.
     """
+    from xgen.parallel.hardware import use_compilation_cache
     from xgen.parallel.world import World
     from xgen.recipe.load import require_base
-    from xgen.training.hardware import use_compilation_cache
     from xgen.training.run import Clock, create, first_state, too_short
     from xgen.training.signals import Signals
     from xgen.training.start import open_start
@@ -107,8 +107,8 @@ def resume(
     `microbatch_tokens`, `remat` and `compute.exchange`. `world` is as for `train`; how many processes there were before
     does not matter.
     """
+    from xgen.parallel.hardware import use_compilation_cache
     from xgen.parallel.world import World
-    from xgen.training.hardware import use_compilation_cache
     from xgen.training.run import reopen, restore
     from xgen.training.signals import Signals
 
@@ -214,9 +214,9 @@ def sources_override(data: Iterable[str]) -> list[str]:
 
 def _finish(run: Run, state: State, clock: Clock, watched: Display, signals: Signals, begin: float) -> dict[str, Any]:
     """Train what is left, measure, write result and report; a run that stops early has a report as well."""
+    from xgen.parallel.hardware import peak_memory
     from xgen.report.page import write_report
     from xgen.training.after import measure, result
-    from xgen.training.hardware import peak_memory
     from xgen.training.loop import train as train_stages
 
     earlier = clock.seconds

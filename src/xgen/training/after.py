@@ -14,11 +14,11 @@ from xgen.checkpoints.weights import read_weights
 from xgen.errors import CheckpointError
 from xgen.measure import Measurements, Score, measure_checkpoints
 from xgen.model import Spec, Weights, parameter_count
+from xgen.parallel.hardware import peak_memory
 from xgen.parallel.program import weight_shardings
 from xgen.recipe.base import NEW_ROPE, START
 from xgen.training.evaluate import scorer
 from xgen.training.folder import CHECKPOINTS, MEASUREMENTS, METRICS, RESULT, read_lines, write_json
-from xgen.training.hardware import peak_memory
 from xgen.training.run import Run
 
 Progress = Callable[[float], None]

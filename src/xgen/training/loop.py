@@ -14,10 +14,10 @@ from xgen.data.prefetch import prefetch
 from xgen.data.reader import Batch
 from xgen.errors import NonFiniteError, RecipeError, StoppedBySignal
 from xgen.model import flops_per_token
+from xgen.parallel.hardware import memory_limit, peak_flops
 from xgen.training.checkpoints import Saver
 from xgen.training.evaluate import evaluate, loop_tokens, write_sample
 from xgen.training.folder import CHECKPOINTS
-from xgen.training.hardware import memory_limit, peak_flops
 from xgen.training.run import Clock, Run
 from xgen.training.schedule import learning_rate
 from xgen.training.signals import Signals
