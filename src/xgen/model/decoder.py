@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from xgen.model.attention import attention
 from xgen.model.layers import PROJECTION, inward, mlp, norm, outward
@@ -67,7 +67,7 @@ since rows are filled up to 128 float32."""
 
 
 def embed(
-    embedding: Float[Array, "V K"], ids: Int[Array, "B S"], dtype: jnp.dtype, split: Split
+    embedding: Real[Array, "V K"], ids: Int[Array, "B S"], dtype: jnp.dtype, split: Split
 ) -> Float[Array, "B S D"]:
     """Each token's row in the compute type; K are the columns of it that this device stores.
 

@@ -1,0 +1,168 @@
+"""The decoder over the cache: new tokens in, their hidden states out, their keys and values kept.
+
+Attention goes over a row's pages one after the other with a running softmax (Milakov and Gimelshein 2018), as many as
+the longest row has: cost and memory follow what is there, and no shape depends on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from xgen.infer.cache import Cache, LayerCache, read, write
+from xgen.infer.quantise import Quantised, Served, dense, plain, spread
+from xgen.model import Spec
+from xgen.model.decoder import embed
+from xgen.model.layers import inward, mlp, norm, outward
+from xgen.model.linear import accumulator, dot
+from xgen.model.rope import angles, rotate
+from xgen.model.split import Split, gather
+from xgen.model.weights import WEIGHTS, Block
+
+
+class Where(NamedTuple):
+    """Where the new tokens stand: the pages of each row, the place of its first column, how many columns it has."""
+
+    table: Int[Array, "R M"]
+    start: Int[Array, " R"]
+    length: Int[Array, " R"]
+
+
+class _Turns(NamedTuple):
+    cosine: Float[Array, "R C 1 P"]
+    sine: Float[Array, "R C 1 P"]
+    places: Int[Array, "R C"]
+
+
+_HIDDEN = -1e30
+"""Score of a pair that does not see each other, and of what is no token."""
+
+
+def forward(
+    weights: Served, spec: Spec, cache: Cache, ids: Int[Array, "R C"], where: Where
+) -> tuple[Float[Array, "R C D"], Cache]:
+    """Hidden states after the final norm; of columns past a row's length they mean nothing."""
+    places = where.start[:, None] + jnp.arange(ids.shape[1])
+    turns = _Turns(*angles(places, jnp.zeros_like(places), spec.model, accumulator(spec.dtype)), places)
+    x = _embedded(weights, ids, spec)
+    held = []
+    for stored, pool in zip(weights.blocks, cache, strict=True):
+        x, pool = _block(x, stored, pool, where, turns, spec)
+        held.append(pool)
+    scale, bias = gather(weights.final_norm, spec.split.shards, 0), _vector(weights.final_norm_bias, spec.split)
+    return norm(x, scale, bias, spec.model), tuple(held)
+
+
+def next_logits(weights: Served, spec: Spec, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
+    """Float32 logits, whole on every device; padding rows of the vocabulary are -1e30."""
+    # XLA's CPU multiplies a bfloat16 matrix with one row ten times slower than with two, and with the matrix turned
+    # ten times slower than with the rows turned.
+    rows = jnp.tile(x, (2, 1)) if x.shape[0] == 1 and x.dtype == jnp.bfloat16 else x
+    if weights.head is None:
+        scores = dot(gather(plain(weights.embedding, spec.dtype), spec.split.shards, 1), rows, 1, 1).T
+    else:
+        scores = dot(rows, gather(plain(weights.head, spec.dtype), spec.split.shards, 0), 1, 0)
+    whole = gather(scores[: x.shape[0]], spec.split.tensor, 1)
+    return jnp.where(jnp.arange(whole.shape[1]) < spec.real_vocab, whole, _HIDDEN)
+
+
+def _embedded(weights: Served, ids: Int[Array, "R C"], spec: Spec) -> Float[Array, "R C D"]:
+    table = weights.embedding
+    if not isinstance(table, Quantised):
+        return embed(table, ids, spec.dtype, spec.split)
+    wide = accumulator(spec.dtype)
+    scale = gather(gather(table.scale, spec.split.tensor, 0), spec.split.shards, 1)
+    found = embed(table.values, ids, wide, spec.split)
+    return (found * spread(scale[ids], found.shape)).astype(spec.dtype)
+
+
+# Compiled as one program with the rest, but traced once for all layers: nine tenths of a warm start otherwise.
+@partial(jax.jit, static_argnums=5)
+def _block(
+    x: Float[Array, "R C D"], w: Block, pool: LayerCache, where: Where, turns: _Turns, spec: Spec
+) -> tuple[Float[Array, "R C D"], LayerCache]:
+    """One layer, as `xgen.model.decoder.block`, its keys and values read from and added to the cache."""
+    w = dense(_whole_vectors(w, spec.split), spec)
+    normed = norm(x, w.attention_norm, w.attention_norm_bias, spec.model)
+    attended, pool = _attend(normed, w, pool, where, turns, spec)
+    if w.mlp_norm is None:
+        return x + attended + mlp(normed, w, spec.split), pool
+    x = x + attended
+    return x + mlp(norm(x, w.mlp_norm, w.mlp_norm_bias, spec.model), w, spec.split), pool
+
+
+def _attend(
+    x: Float[Array, "R C D"], w: Block, pool: LayerCache, where: Where, turns: _Turns, spec: Spec
+) -> tuple[Float[Array, "R C D"], LayerCache]:
+    split = spec.split
+    q = rotate(inward(x, w.query, w.query_bias, split), turns.cosine, turns.sine)
+    k = rotate(inward(x, w.key, w.key_bias, split), turns.cosine, turns.sine)
+    v = inward(x, w.value, w.value_bias, split)
+    pool = write(pool, k, v, *where)
+    mixed = over_pages(q, pool, where, turns.places)
+    flat = mixed.astype(x.dtype).reshape(*mixed.shape[:2], -1)
+    return outward(flat, w.output.reshape(flat.shape[-1], -1), w.output_bias, split), pool
+
+
+def over_pages(
+    q: Float[Array, "R C H E"], pool: LayerCache, where: Where, places: Int[Array, "R C"]
+) -> Float[Array, "R C H E"]:
+    """Causal attention of the new tokens to all places of their rows up to their own, in float32."""
+    rows, columns, heads, size = q.shape
+    kv_heads, page = pool.value.shape[1], pool.value.shape[2]
+    wide = accumulator(q.dtype)
+    # Heads that share keys stand together: one product for all of them and all columns.
+    grouped = q.astype(wide).reshape(rows, columns, kv_heads, -1, size).transpose(0, 2, 3, 1, 4) / math.sqrt(size)
+    grouped = grouped.reshape(rows, kv_heads, -1, size)
+    own = jnp.tile(places, (1, heads // kv_heads))[:, None, :, None]
+
+    def body(index: Int[Array, ""], carried: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        peak, mass, mixed = carried
+        block = read(pool, jax.lax.dynamic_index_in_dim(where.table, index, 1, keepdims=False))
+        scores = _product(grouped, block.key)
+        if block.key_scale is not None:
+            scores = scores * block.key_scale[:, :, None, :]
+        scores = jnp.where(index * page + jnp.arange(page) <= own, scores, _HIDDEN)
+        higher = jnp.maximum(peak, scores.max(axis=-1))
+        weights, kept = jnp.exp(scores - higher[..., None]), jnp.exp(peak - higher)
+        mass = mass * kept + weights.sum(axis=-1)
+        if block.value_scale is not None:
+            weights = weights * block.value_scale[:, :, None, :]
+        return higher, mass, mixed * kept[..., None] + _product(weights, block.value)
+
+    shape = grouped.shape[:-1]
+    begin = jnp.full(shape, _HIDDEN, wide), jnp.zeros(shape, wide), jnp.zeros(grouped.shape, wide)
+    pages = jnp.max(where.start + where.length + page - 1) // page
+    _, mass, mixed = jax.lax.fori_loop(0, pages, body, begin)
+    parted = (mixed / mass[..., None]).reshape(rows, kv_heads, -1, columns, size)
+    whole: Array = parted.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return whole
+
+
+def _whole_vectors(block: Block, split: Split) -> Block:
+    """Of a mesh that stores the stream's axis in parts, the layer's vectors along it whole."""
+    parted = {name: _vector(getattr(block, name), split) for name in _ALONG_STREAM}
+    return replace(block, **parted)  # type: ignore[arg-type]  # None only where the model has none
+
+
+def _vector(leaf: Float[Array, " D"] | None, split: Split) -> Float[Array, " D"] | None:
+    return None if leaf is None else gather(leaf, split.shards, 0)
+
+
+_ALONG_STREAM = tuple(
+    row.name.removeprefix("block.")
+    for row in WEIGHTS
+    if row.name.startswith("block.") and row.axes[-1] == "embed" and not row.decay
+)
+"""Vectors of a layer."""
+
+
+def _product(a: Float[Array, "R K Q A"], b: Array) -> Float[Array, "R K Q B"]:
+    both = (((3,), (2,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(a, b.astype(a.dtype), both, preferred_element_type=a.dtype)
