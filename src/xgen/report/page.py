@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -42,22 +42,7 @@ def write_report(run: Path) -> Path:
 def render(run: Run) -> str:
     """The page as text. The same run gives the same bytes."""
     style = files("xgen.report").joinpath("style.css").read_text(encoding="utf-8")
-    body = "".join(
-        (
-            _header(run),
-            _loss_section(run),
-            continued_section(run),
-            _context_section(run),
-            _position_section(run),
-            _matrix_section(run),
-            _health_section(run),
-            samples_section(run),
-            scale_section(run),
-            run_section(run),
-            log_section(run),
-            recipe_section(run),
-        )
-    )
+    body = _header(run) + "".join(make(run) for make in SECTIONS.values())
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -73,7 +58,7 @@ def render(run: Run) -> str:
 def _header(run: Run) -> str:
     told = sentences(run)
     told[1:1] = continued_sentences(run)
-    tile_row = "".join(_tile(one) for one in tiles(run))
+    tile_row = "".join(tile_markup(one) for one in tiles(run))
     description = f'<p class="about">{escape(run.recipe.description)}</p>' if run.recipe.description else ""
     remarks = "".join(f'<p class="remark">{escape(text)}</p>' for text in run.remarks)
     lead = f'<p class="lead">{escape(told[0])}</p>' if told else ""
@@ -87,7 +72,7 @@ def _header(run: Run) -> str:
     )
 
 
-def _tile(tile: Tile) -> str:
+def tile_markup(tile: Tile) -> str:
     return (
         f"<div><dt>{escape(tile.name)}</dt><dd><b>{escape(tile.value)}</b> <span>{escape(tile.note)}</span></dd></div>"
     )
@@ -313,3 +298,19 @@ def _health_section(run: Run) -> str:
         for one in shown
     )
     return section("health", "Speed and health", "Was training sound?", f'<div class="multiples">{drawn}</div>')
+
+
+SECTIONS: dict[str, Callable[[Run], str]] = {
+    "loss": _loss_section,
+    "continued": continued_section,
+    "context": _context_section,
+    "position": _position_section,
+    "matrix": _matrix_section,
+    "health": _health_section,
+    "samples": samples_section,
+    "scale": scale_section,
+    "run": run_section,
+    "log": log_section,
+    "recipe": recipe_section,
+}
+"""The parts of the page after its head, in its order; each gives markup, none where the run has nothing of the kind."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -280,8 +281,7 @@ def read_run(folder: Path) -> Run:
         raise DataError(
             f"{folder} is no run folder: it has no recipe.toml; name the folder given to `xgen train --run`"
         )
-    recipe_text = _text(folder / "recipe.toml")
-    recipe = _recipe(folder / "recipe.toml", recipe_text)
+    recipe, recipe_text = read_recipe(folder)
     remarks: list[str] = []
     return Run(
         folder=folder,
@@ -289,9 +289,9 @@ def read_run(folder: Path) -> Run:
         recipe_text=recipe_text,
         steps=_steps(folder / "metrics.jsonl", recipe, remarks),
         events=_events(folder / "events.jsonl", remarks),
-        measured=_measured(folder / "evals" / "after_training.json"),
+        measured=read_measured(folder),
         remarks=tuple(remarks),
-        start=_start(folder / "start.json"),
+        start=read_start(folder),
     )
 
 
@@ -335,9 +335,12 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} is not UTF-8 text (byte {cause.start}); it was not written by xgen") from cause
 
 
-def _recipe(path: Path, text: str) -> Recipe:
+def read_recipe(folder: Path) -> tuple[Recipe, str]:
+    """The resolved recipe of a run folder, and its text."""
+    path = folder / "recipe.toml"
+    text = _text(path)
     try:
-        return Recipe.model_validate(tomllib.loads(text))
+        return Recipe.model_validate(tomllib.loads(text)), text
     except tomllib.TOMLDecodeError as cause:
         raise DataError(f"{path} is not TOML: {cause}; a run writes it whole, so it was changed afterwards") from cause
     except ValidationError as cause:
@@ -373,76 +376,82 @@ def _lines(path: Path, remarks: list[str]) -> Iterator[tuple[int, dict[str, Any]
     except OSError as cause:
         raise DataError(f"cannot read {path}: {cause.strerror or cause}") from cause
     if torn:
-        first = ", ".join(str(at) for at in torn[:5]) + (", ..." if len(torn) > 5 else "")
-        lines = "line" if len(torn) == 1 else f"{len(torn)} lines"
-        remarks.append(f"{path.name}: {lines} cut short and left out (line {first}); a kill while writing does this.")
+        remarks.append(torn_remark(path, torn))
+
+
+def torn_remark(path: Path, torn: list[int]) -> str:
+    """What the page says of the lines, by their numbers, that could not be read."""
+    first = ", ".join(str(at) for at in torn[:5]) + (", ..." if len(torn) > 5 else "")
+    lines = "line" if len(torn) == 1 else f"{len(torn)} lines"
+    return f"{path.name}: {lines} cut short and left out (line {first}); a kill while writing does this."
+
+
+class StepLog:
+    """The steps of a run by the lines of its metrics.jsonl, which are added one after the other."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._stages = {stage.name: index for index, stage in enumerate(recipe.stages)}
+        self._counts = {name: array("q") for name in (*COUNTS, "stage")}
+        self._measures = {name: array("d") for name in MEASURES}
+        self._repeated = 0
+
+    def add(self, line: dict[str, Any], where: str) -> None:
+        """Take one line; `where` names it in an error. Raises DataError, and takes nothing of it, when it is not what
+        a run writes."""
+        missing = [name for name in (*COUNTS, "stage", *MEASURES) if name not in line]
+        if missing:
+            raise DataError(f"{where}: no {', '.join(missing)}; {FOREIGN}")
+        if line["stage"] not in self._stages:
+            raise DataError(
+                f"{where}: stage {line['stage']!r} is not in the recipe, which has {', '.join(self._stages)}"
+            )
+        counts = {name: whole(line[name], f"{where}: {name}") for name in COUNTS}
+        measures = {name: number(line[name], f"{where}: {name}") for name in MEASURES}
+        # A resume goes back to a checkpoint: steps after it that still stand here are replaced by their second taking.
+        while self._counts["step"] and self._counts["step"][-1] >= counts["step"]:
+            self._repeated += 1
+            for column in self._counts.values():
+                column.pop()
+            for measure in self._measures.values():
+                measure.pop()
+        self._counts["stage"].append(self._stages[line["stage"]])
+        for name in COUNTS:
+            self._counts[name].append(counts[name])
+        for name in MEASURES:
+            self._measures[name].append(measures[name])
+
+    def steps(self) -> Steps:
+        """What the lines say so far."""
+        columns: dict[str, Any] = {
+            **{name: np.array(column, dtype=np.int64) for name, column in self._counts.items()},
+            **{name: np.array(column, dtype=np.float64) for name, column in self._measures.items()},
+        }
+        return Steps(**columns, repeated=self._repeated)
 
 
 def _steps(path: Path, recipe: Recipe, remarks: list[str]) -> Steps:
-    stages = {stage.name: index for index, stage in enumerate(recipe.stages)}
-    counts: dict[str, list[int]] = {name: [] for name in (*COUNTS, "stage")}
-    measures: dict[str, list[float]] = {name: [] for name in MEASURES}
-    repeated = 0
+    log = StepLog(recipe)
     for at, line in _lines(path, remarks):
-        where = f"{path}, line {at}"
-        missing = [name for name in (*counts, *measures) if name not in line]
-        if missing:
-            raise DataError(f"{where}: no {', '.join(missing)}; {FOREIGN}")
-        if line["stage"] not in stages:
-            raise DataError(f"{where}: stage {line['stage']!r} is not in the recipe, which has {', '.join(stages)}")
-        step = whole(line["step"], f"{where}: step")
-        # A resume goes back to a checkpoint: steps after it that still stand here are replaced by their second taking.
-        while counts["step"] and counts["step"][-1] >= step:
-            repeated += 1
-            for column in counts.values():
-                column.pop()
-            for measure in measures.values():
-                measure.pop()
-        counts["stage"].append(stages[line["stage"]])
-        for name in COUNTS:
-            counts[name].append(whole(line[name], f"{where}: {name}"))
-        for name in MEASURES:
-            measures[name].append(number(line[name], f"{where}: {name}"))
-    return Steps(
-        step=_ints(counts["step"]),
-        tokens=_ints(counts["tokens"]),
-        stage=_ints(counts["stage"]),
-        length=_ints(counts["length"]),
-        loss=_floats(measures["loss"]),
-        grad_norm=_floats(measures["grad_norm"]),
-        update_norm=_floats(measures["update_norm"]),
-        param_norm=_floats(measures["param_norm"]),
-        lr=_floats(measures["lr"]),
-        tokens_per_second=_floats(measures["tokens_per_second"]),
-        flops_utilisation=_floats(measures["flops_utilisation"]),
-        repeated=repeated,
-    )
-
-
-def _ints(values: list[int]) -> Ints:
-    return np.asarray(values, dtype=np.int64)
-
-
-def _floats(values: list[float]) -> Floats:
-    return np.asarray(values, dtype=np.float64)
+        log.add(line, f"{path}, line {at}")
+    return log.steps()
 
 
 def _events(path: Path, remarks: list[str]) -> tuple[Event, ...]:
-    events = []
-    for at, line in _lines(path, remarks):
-        kind = line.get("kind")
-        if not isinstance(kind, str):
-            raise DataError(f"{path}, line {at}: kind is {kind!r}, not a text")
-        events.append(
-            Event(
-                kind=kind,
-                tokens=whole(line.get("tokens"), f"{path}, line {at}: tokens"),
-                step=whole(line.get("step"), f"{path}, line {at}: step"),
-                time=_time(line.get("time"), f"{path}, line {at}: time"),
-                fields={key: value for key, value in line.items() if key not in ("kind", "tokens", "step", "time")},
-            )
-        )
-    return tuple(events)
+    return tuple(event_of(line, f"{path}, line {at}") for at, line in _lines(path, remarks))
+
+
+def event_of(line: dict[str, Any], where: str) -> Event:
+    """The event of a line of events.jsonl; `where` names the line in an error."""
+    kind = line.get("kind")
+    if not isinstance(kind, str):
+        raise DataError(f"{where}: kind is {kind!r}, not a text")
+    return Event(
+        kind=kind,
+        tokens=whole(line.get("tokens"), f"{where}: tokens"),
+        step=whole(line.get("step"), f"{where}: step"),
+        time=_time(line.get("time"), f"{where}: time"),
+        fields={key: value for key, value in line.items() if key not in ("kind", "tokens", "step", "time")},
+    )
 
 
 def _time(value: Any, where: str) -> datetime:
@@ -453,7 +462,9 @@ def _time(value: Any, where: str) -> datetime:
         raise DataError(f"{where} is {value!r}, not a moment; {FOREIGN}") from cause
 
 
-def _start(path: Path) -> Start | None:
+def read_start(folder: Path) -> Start | None:
+    """What start.json says; None for a run that begins with fresh weights."""
+    path = folder / "start.json"
     if not path.is_file():
         return None
     try:
@@ -462,7 +473,9 @@ def _start(path: Path) -> Start | None:
         raise DataError(f"{path} is not what a run writes: {_first_problem(cause)}; put it back") from cause
 
 
-def _measured(path: Path) -> Measured | None:
+def read_measured(folder: Path) -> Measured | None:
+    """The measurements after training; None before they were taken."""
+    path = folder / "evals" / "after_training.json"
     if not path.is_file():
         return None
     try:

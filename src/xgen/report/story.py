@@ -79,7 +79,13 @@ def past_own_length(run: Run) -> Gain | None:
 
 def sentences(run: Run) -> list[str]:
     """What the run shows; the first is the most important."""
-    told: list[str | None] = [_progress(run)]
+    progress = _progress(run)
+    return findings(run) if progress is None else [progress, *findings(run)]
+
+
+def findings(run: Run) -> list[str]:
+    """The same without how far the run has come."""
+    told: list[str | None] = []
     gain, strided, past = headline_gain(run), headline_strided(run), past_own_length(run)
     if gain is not None:
         told.append(

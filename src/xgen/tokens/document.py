@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,24 @@ def without_control(document: dict[str, Any]) -> dict[str, Any]:
         model["merges"] = [pair for pair in model["merges"] if not _forms(pair, control)]
     kept = [token for token in document["added_tokens"] if token["content"] not in control]
     return document | {"added_tokens": kept, "post_processor": None, "model": model}
+
+
+def with_spelling(document: dict[str, Any], spelling: Mapping[str, str]) -> dict[str, Any]:
+    """`without_control` of `document`, with characters that stand for control tokens: `spelling` has the character for
+    each name. Their ids go on from the highest of `document`, in the order of `spelling`.
+
+    A character is looked for as its token was: it takes the space before or after it where the token did.
+    """
+    plain = without_control(document)
+    model = plain["model"]
+    known = {token["content"]: token for token in document["added_tokens"]}
+    first = max(vocabulary(document).values()) + 1
+    ids = {character: first + at for at, character in enumerate(spelling.values())}
+    # In the vocabulary they have the ids that are meant: the library would count on from the count of tokens.
+    scored = model["type"] == "Unigram"
+    vocab = [*model["vocab"], *((character, 0.0) for character in ids)] if scored else model["vocab"] | ids
+    added = [known[name] | {"content": character, "id": ids[character]} for name, character in spelling.items()]
+    return plain | {"added_tokens": [*plain["added_tokens"], *added], "model": model | {"vocab": vocab}}
 
 
 def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:

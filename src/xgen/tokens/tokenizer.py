@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
@@ -27,6 +27,7 @@ from xgen.tokens.document import (
     read_document,
     strips_space,
     vocabulary,
+    with_spelling,
     without_control,
 )
 from xgen.tokens.xgen import EMBEDDING_ROWS, xgen_document
@@ -83,6 +84,11 @@ class Tokenizer:
         """The parsed `tokenizer.json`; not to be changed."""
         return self._document
 
+    @property
+    def control(self) -> Mapping[str, int]:
+        """Name -> id of the control tokens."""
+        return self._control_ids
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the `tokenizer.json` in canonical form, in hex."""
@@ -107,6 +113,30 @@ class Tokenizer:
                 ids: list[int] = self._whole.encode(text, add_special_tokens=False).ids
             return ids
         return self.encode_batch([text])[0]
+
+    def spelt(self, spelling: Mapping[str, str]) -> Callable[[str], list[int]]:
+        """`encode` of texts in which some characters stand for control tokens: `spelling` has one for each name.
+
+        Only those characters come out as control tokens, so they must be such as no text holds. Raises DataError for a
+        name that is no control token, and where the tokenizer loses one.
+        """
+        if unknown := [name for name in spelling if name not in self._control_ids]:
+            raise DataError(f"tokenizer {self.name} has no control token {unknown[0]!r}")
+        with _library(self.name):
+            encoder = tokenizers.Tokenizer.from_str(json.dumps(with_spelling(self._document, spelling)))
+        ids = {encoder.token_to_id(character): self._control_ids[name] for name, character in spelling.items()}
+
+        def encode(text: str) -> list[int]:
+            _check_unicode(text)
+            with _library(self.name):
+                found: list[int] = encoder.encode(text, add_special_tokens=False).ids
+            if self._guarded:
+                self._check_barred([found])
+            if sum(index in ids for index in found) != sum(map(text.count, spelling.values())):
+                raise DataError(f"tokenizer {self.name} does not find its own control tokens {', '.join(spelling)}")
+            return [ids.get(index, index) for index in found]
+
+        return encode
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel on all cores; working memory does not grow with the texts."""
