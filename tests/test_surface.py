@@ -34,6 +34,12 @@ VERBS = """
     plan
     train
     report
+    watch
+    generate
+    chat
+    serve
+    bench generate
+    bench serve
     recipe list
     recipe show
     data show

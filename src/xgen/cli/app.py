@@ -9,14 +9,19 @@ from typing import Annotated
 
 import typer
 
+from xgen.cli.bench import bench
+from xgen.cli.chat import chat
 from xgen.cli.checkpoint import checkpoint_app
 from xgen.cli.convert import convert_app
 from xgen.cli.data import data_app
+from xgen.cli.generate import generate
 from xgen.cli.plan import plan
 from xgen.cli.prepare import prepare
 from xgen.cli.recipe import recipe_app
 from xgen.cli.report import report
+from xgen.cli.serve import serve
 from xgen.cli.train import train
+from xgen.cli.watch import watch
 from xgen.errors import StoppedBySignal, XgenError
 
 app = typer.Typer(
@@ -30,10 +35,15 @@ app.command()(prepare)
 app.command()(plan)
 app.command()(train)
 app.command()(report)
+app.command()(watch)
+app.command()(generate)
+app.command()(chat)
+app.command()(serve)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
+app.add_typer(bench, name="bench")
 
 _DEBUG = "--debug"
 

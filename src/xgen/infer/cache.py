@@ -6,7 +6,7 @@ queries reads them. bfloat16 is held as its bits: XLA's CPU has no bfloat16 slic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -58,10 +58,19 @@ def token_bytes(spec: Spec, int8: bool) -> int:
     return 2 * spec.model.layers * spec.model.kv_heads * size
 
 
-def read(pool: LayerCache, pages: Int[Array, " R"]) -> LayerCache:
-    """A page of each row: keys [R K E N] and values [R K N E], float32 or int8, and scales [R K N] where there are."""
-    found: LayerCache = jax.tree.map(lambda leaf: _wide(leaf[pages]), pool)
-    return found
+def read(pool: LayerCache, pages: Int[Array, " R"], kind: jnp.dtype) -> LayerCache:
+    """A page of each row: keys [R K E N] and values [R K N E] of type `kind`, or int8 with float32 scales [R K N]."""
+    found: LayerCache = jax.tree.map(lambda leaf: leaf[pages], pool)
+    if found.key_scale is not None and found.value_scale is not None:
+        return replace(found, key_scale=_wide(found.key_scale), value_scale=_wide(found.value_scale))
+    held = kind == jnp.bfloat16 and found.key.dtype == jnp.uint16
+    key, value = (_bfloat16(leaf) if held else _wide(leaf) for leaf in (found.key, found.value))
+    return LayerCache(key, value, None, None)
+
+
+def _bfloat16(bits: Array) -> Array:
+    number: Array = jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+    return number
 
 
 def write(

@@ -113,36 +113,57 @@ def _attend(
 def over_pages(
     q: Float[Array, "R C H E"], pool: LayerCache, where: Where, places: Int[Array, "R C"]
 ) -> Float[Array, "R C H E"]:
-    """Causal attention of the new tokens to all places of their rows up to their own, in float32."""
+    """Causal attention of the new tokens to all places of their rows up to their own.
+
+    Sums are in float32. So are the products' operands where there is one column: it is the memory that decoding waits
+    for, and XLA's CPU has no fast bfloat16 product of so few rows.
+    """
     rows, columns, heads, size = q.shape
     kv_heads, page = pool.value.shape[1], pool.value.shape[2]
     wide = accumulator(q.dtype)
+    kind = wide if columns == 1 else q.dtype
     # Heads that share keys stand together: one product for all of them and all columns.
-    grouped = q.astype(wide).reshape(rows, columns, kv_heads, -1, size).transpose(0, 2, 3, 1, 4) / math.sqrt(size)
-    grouped = grouped.reshape(rows, kv_heads, -1, size)
+    grouped = (q.astype(wide) / math.sqrt(size)).astype(kind).reshape(rows, columns, kv_heads, -1, size)
+    grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, size)
     own = jnp.tile(places, (1, heads // kv_heads))[:, None, :, None]
 
-    def body(index: Int[Array, ""], carried: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        peak, mass, mixed = carried
-        block = read(pool, jax.lax.dynamic_index_in_dim(where.table, index, 1, keepdims=False))
+    def body(masked: bool, index: Int[Array, ""], carried: _Running) -> _Running:
+        block = read(pool, jax.lax.dynamic_index_in_dim(where.table, index, 1, keepdims=False), kind)
         scores = _product(grouped, block.key)
         if block.key_scale is not None:
             scores = scores * block.key_scale[:, :, None, :]
-        scores = jnp.where(index * page + jnp.arange(page) <= own, scores, _HIDDEN)
-        higher = jnp.maximum(peak, scores.max(axis=-1))
-        weights, kept = jnp.exp(scores - higher[..., None]), jnp.exp(peak - higher)
-        mass = mass * kept + weights.sum(axis=-1)
+        if masked:
+            scores = jnp.where(index * page + jnp.arange(page) <= own, scores, _HIDDEN)
+        higher = jnp.maximum(carried.peak, scores.max(axis=-1))
+        weights, kept = jnp.exp(scores - higher[..., None]), jnp.exp(carried.peak - higher)
+        mass = carried.mass * kept + weights.sum(axis=-1)
         if block.value_scale is not None:
             weights = weights * block.value_scale[:, :, None, :]
-        return higher, mass, mixed * kept[..., None] + _product(weights, block.value)
+        mixed = carried.mixed * kept[..., None] + _product(weights.astype(kind), block.value)
+        return _Running(higher, mass, mixed)
 
     shape = grouped.shape[:-1]
-    begin = jnp.full(shape, _HIDDEN, wide), jnp.zeros(shape, wide), jnp.zeros(grouped.shape, wide)
-    pages = jnp.max(where.start + where.length + page - 1) // page
-    _, mass, mixed = jax.lax.fori_loop(0, pages, body, begin)
-    parted = (mixed / mass[..., None]).reshape(rows, kv_heads, -1, columns, size)
-    whole: Array = parted.transpose(0, 3, 1, 2, 4).reshape(q.shape)
-    return whole
+    begun = _Running(jnp.full(shape, _HIDDEN, wide), jnp.zeros(shape, wide), jnp.zeros(grouped.shape, wide))
+    # Pages that lie before every row's first column are seen whole.
+    whole, last = jnp.min(where.start) // page, jnp.max(where.start + where.length + page - 1) // page
+    begun = jax.lax.fori_loop(0, whole, partial(body, False), begun)
+    ended = jax.lax.fori_loop(whole, last, partial(body, True), begun)
+    parted = (ended.mixed / ended.mass[..., None]).reshape(rows, kv_heads, -1, columns, size)
+    result: Array = parted.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return result
+
+
+class _Running(NamedTuple):
+    """A softmax over the pages so far: the largest score, the sum of exponentials below it, the sum of the values."""
+
+    peak: Float[Array, "R K Q"]
+    mass: Float[Array, "R K Q"]
+    mixed: Float[Array, "R K Q E"]
+
+
+def _product(a: Float[Array, "R K Q A"], b: Array) -> Float[Array, "R K Q B"]:
+    both = (((3,), (2,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(a, b.astype(a.dtype), both, preferred_element_type=accumulator(a.dtype))
 
 
 def _whole_vectors(block: Block, split: Split) -> Block:
@@ -161,8 +182,3 @@ _ALONG_STREAM = tuple(
     if row.name.startswith("block.") and row.axes[-1] == "embed" and not row.decay
 )
 """Vectors of a layer."""
-
-
-def _product(a: Float[Array, "R K Q A"], b: Array) -> Float[Array, "R K Q B"]:
-    both = (((3,), (2,)), ((0, 1), (0, 1)))
-    return jax.lax.dot_general(a, b.astype(a.dtype), both, preferred_element_type=a.dtype)

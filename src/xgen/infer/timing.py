@@ -18,9 +18,10 @@ import numpy as np
 
 from xgen.convert.open import open_model
 from xgen.errors import RecipeError
+from xgen.infer.cache import token_bytes
 from xgen.infer.engine import Engine
 from xgen.infer.open import Opened, open_engine
-from xgen.infer.program import Settings
+from xgen.infer.program import Compiled, Settings
 from xgen.infer.request import Emitted, Event, Failed, Finished, Request, Sampling
 from xgen.model import Spec, parameter_count
 from xgen.recipe.schema import Compute
@@ -126,6 +127,12 @@ def output_tokens(case: Case, tokens: int) -> int:
     return tokens + case.batch
 
 
+def weights_read(program: Compiled, spec: Spec, int8: bool) -> int:
+    """Bytes of weights that a decode step reads: all, but of an embedding that is no head only a row a token."""
+    row = spec.model.hidden_size + 4 if int8 else spec.model.hidden_size * spec.dtype.itemsize
+    return program.weight_bytes - (0 if spec.model.tied_embeddings else spec.model.vocab_size * row)
+
+
 class Timing:
     """Measures a program through an Engine: what a server could do at best."""
 
@@ -134,18 +141,6 @@ class Timing:
         self._opened, self._program, self._settings, self._spec = opened, opened.program, settings, spec
         self._tokens = tokens
         self._random = np.random.default_rng(0)
-
-    @property
-    def token_bytes(self) -> int:
-        """Of the keys and values of one token."""
-        return self._program.cache_bytes // (self._program.pages * self._program.page)
-
-    @property
-    def weights_read(self) -> int:
-        """Bytes of weights that a decode step reads: all, but of an embedding that is no head only a row a token."""
-        model = self._spec.model
-        row = model.hidden_size + 4 if self._settings.int8_weights else model.hidden_size * self._spec.dtype.itemsize
-        return self._program.weight_bytes - (0 if model.tied_embeddings else model.vocab_size * row)
 
     def facts(self) -> dict[str, Any]:
         """What is measured, and on what."""
@@ -159,7 +154,7 @@ class Timing:
             "window": self._settings.window,
             "slots": self._settings.slots,
             "weight_bytes": self._program.weight_bytes,
-            "token_bytes": self.token_bytes,
+            "token_bytes": token_bytes(self._spec, self._settings.int8_cache),
             "decode_steps": self._tokens,
         }
 
@@ -174,7 +169,8 @@ class Timing:
             runs.append(self.run(case))
         counted, prompt = runs[1:], prompt_tokens(case, self._settings, self._tokens)
         step = median(second for run in counted for second in run.step_seconds)
-        read = self.weights_read + case.batch * (prompt + self._tokens // 2) * self.token_bytes
+        held = case.batch * (prompt + self._tokens // 2) * token_bytes(self._spec, self._settings.int8_cache)
+        read = weights_read(self._program, self._spec, self._settings.int8_weights) + held
         return {
             "context": case.context,
             "batch": case.batch,
