@@ -12,9 +12,9 @@ import pytest
 from served import NAME, running
 
 from xgen.errors import DataError, StorageError
-from xgen.infer.engine import Engine
+from xgen.infer.engine import Broken, Engine
 from xgen.serve.batch import Batch, Tally, count_lines, queue_for
-from xgen.serve.openai import RequestError, Translator, answers_of
+from xgen.serve.openai import Translator, answers_of
 
 SLOTS = 2
 
@@ -165,7 +165,7 @@ def test_when_the_engine_breaks_the_lines_that_follow_are_not_failed(tmp_path: P
             raise RuntimeError("out of memory")
 
     source = write(tmp_path / "in.jsonl", GOOD)
-    with pytest.raises(RequestError, match="engine"):
+    with pytest.raises(Broken, match="out of memory"):
         answer(source, tmp_path / "out.jsonl", pace=pace)
     written = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(written) < len(GOOD)

@@ -85,7 +85,7 @@ def test_one_too_many_is_told_when_to_come_again() -> None:
         held.pop().close()
         until(lambda: value(found, "xgen_waiting") == 0)
         assert client.post("/v1/completions", json=SHORT | {"n": 2}).status_code == 429
-        until(lambda: value(found, "xgen_waiting") == 0)
+        until(lambda: value(found, 'xgen_requests_total{finished="cancelled"}') == 2)
         held.pop().close()
         assert client.post("/v1/completions", json=SHORT).status_code == 200
 

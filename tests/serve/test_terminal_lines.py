@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,8 +57,10 @@ def _every_prompt_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def screen(system: str | None = None, **settings: Any) -> Iterator[Screen]:
-    with running(slots=1) as found:
+def screen(
+    system: str | None = None, pace: Callable[[str], None] = lambda _: None, **settings: Any
+) -> Iterator[Screen]:
+    with running(slots=1, pace=pace) as found:
         talk = Conversation(system, settings={"max_tokens": LIMIT, "seed": 1, **settings})
         shown = Screen(talk, engine=found.model.engine)
         shown.terminal = Terminal(
@@ -110,7 +113,7 @@ def test_before_the_context_is_full_it_warns() -> None:
 
 
 def test_an_interrupt_stops_the_reply_and_keeps_what_there_is() -> None:
-    with screen(max_tokens=100) as found:
+    with screen(max_tokens=100, pace=lambda _: time.sleep(0.02)) as found:
         found.interrupt_after = 3
         assert "(stopped)" in found.take("the fox")
         until(lambda: found.engine.statistics().finished["cancelled"] == 1)

@@ -70,7 +70,7 @@ class Batch:
         many lines have been answered.
 
         Raises DataError when `source` cannot be read or `target` is of another batch, StorageError when `target`
-        cannot be written.
+        cannot be written, Broken when the engine cannot go on.
         """
         earlier = self._earlier(source, target) if resume else 0
         try:
@@ -173,9 +173,9 @@ class Batch:
             raise refusal(error, asked.prompt_field) from error
 
     def _refuse(self, line: _Line, error: RequestError) -> None:
-        """Raises `error` when the engine is broken: the lines that follow are not at fault."""
+        """Raises Broken when the engine is: the lines that follow are not at fault."""
         if self._engine.broken is not None:
-            raise error
+            raise self._engine.broken from error
         line.whole = None
         if line.custom_id is None:
             line.answer = _answer(line, None, {"code": error.code, "message": f"line {line.number}: {error}"})

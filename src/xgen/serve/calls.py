@@ -136,5 +136,5 @@ async def unless_gone(work: Coroutine[Any, Any, Result], receive: Receive) -> Re
 
 
 async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "never" or not await asyncio.sleep(1):
+    while (await receive())["type"] != "http.disconnect":
         pass

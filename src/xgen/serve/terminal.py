@@ -141,7 +141,7 @@ class Terminal:
             self._note("\n(stopped)")
         except RequestError as error:
             if self._engine.broken is not None:
-                raise
+                raise self._engine.broken from error
             self._note(f"\nerror: {error}")
         if finished is None and not parts:
             self._note("(there is no reply yet, and the message is taken back)")
