@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
@@ -57,6 +58,8 @@ def chat(
     from xgen.serve.start import Loader, Wanted, adapters_of
     from xgen.serve.terminal import Conversation
 
+    # A shell ignores it for what it starts in the background, and so would Python.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     adapters = adapters_of(adapter or [])
     if len(adapters) > 1:
         raise RecipeError(f"one of the adapters {', '.join(adapters)} can answer; leave out the others")
