@@ -47,6 +47,9 @@ CORES = len(os.sched_getaffinity(0))
 CONTEXTS = (128, 2048, 8128)
 QUICK = {"context": [128], "repeats": 2, "tokens": 8}
 PEERS = ("transformers", "llama.cpp")
+WARM_TOKENS = 4096
+"""Most that transformers is given before it counts: its libraries prepare for each shape that is new to them."""
+
 CACHES = ("DynamicCache", "StaticCache")
 
 Speeds = dict[str, float]
@@ -185,6 +188,9 @@ class Bench:
         return Transformers(self.model, self.precision)
 
     def beside_transformers(self, asked: Asked) -> Iterator[dict[str, Any]]:
+        short = Case(min(asked.case.context, WARM_TOKENS // asked.case.batch), asked.case.batch)
+        for name in CACHES:
+            self.transformers.speeds(replace(asked, case=short, tokens=2), name)
         runs = self._measured(asked, {name: self._forward(name) for name in CACHES}, 1)
         best = {phase: max(CACHES, key=lambda name: runs[name][0][phase]) for phase in ("prefill", "decode")}
         peers = {name: self._forward(name) for name in sorted(set(best.values()))}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from xgen.serve.ask import Address, Lost, ask, parse_address
 from xgen.serve.errors import ServeError
 from xgen.serve.load import Outcome, Plan, Range, Wanted, cached_tokens_read, figures, percentiles, wanted
 from xgen.serve.observe import measure, resident_bytes
+from xgen.serve.started import started
 
 SMALL = Plan(clients=3, requests=12, prompt=Range(1, 40), output=Range(2, 12), timeout=20)
 
@@ -41,7 +44,7 @@ def answering(*pieces: bytes, pause: float = 0.0) -> Iterator[Address]:
             connection, _ = door.accept()
             with connection:
                 connection.recv(65536)
-                for piece in pieces:
+                for piece in pieces or (b"",):
                     connection.sendall(piece)
                     time.sleep(pause)
 
@@ -289,6 +292,12 @@ def test_servers_that_are_not_ours_or_not_there() -> None:
         asyncio.run(measure(address, SMALL))
 
 
+def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xgen.serve.ask.ANSWER_SECONDS", 0.3)
+    with answering(pause=1) as address, pytest.raises(ServeError, match=r"/props was not answered within 0\.3 s"):
+        asyncio.run(measure(address, SMALL))
+
+
 def test_plans_that_cannot_be() -> None:
     with listening() as found, pytest.raises(RecipeError, match="do not fit the server's window of 256"):
         put_on(found, replace(SMALL, prompt=Range(1, 250)))
@@ -304,3 +313,39 @@ def test_plans_that_cannot_be() -> None:
     for least, most in ((0, 3), (4, 3)):
         with pytest.raises(RecipeError, match=f"{least}-{most} is no range"):
             Range(least, most)
+
+
+STAND_IN = """
+import http.server, sys
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Healthy).serve_forever()
+"""
+
+
+def test_a_server_of_ones_own_ends_with_the_context_and_with_sigterm() -> None:
+    with started([sys.executable, "-c", STAND_IN], seconds=60) as server:
+        assert server.process.poll() is None
+        assert 0 < server.ready_seconds < 60
+    assert server.process.poll() is not None
+    with (
+        pytest.raises(SystemExit, match="143"),
+        started([sys.executable, "-c", STAND_IN], seconds=60) as server,
+    ):
+        signal.raise_signal(signal.SIGTERM)
+    assert server.process.poll() is not None
+
+
+def test_a_server_that_does_not_become_ready_says_what_it_said() -> None:
+    with (
+        pytest.raises(ServeError, match="ended with code 3:\nno port"),
+        started([sys.executable, "-c", "print('no port'); raise SystemExit(3)"], seconds=60),
+    ):
+        pass
+    with (
+        pytest.raises(ServeError, match=r"not ready after 0\.5 s"),
+        started([sys.executable, "-c", "import time; time.sleep(60)"], seconds=0.5),
+    ):
+        pass

@@ -13,6 +13,9 @@ from urllib.parse import urlsplit
 
 from xgen.serve.errors import ServeError
 
+ANSWER_SECONDS = 30.0
+"""For an answer that takes no generation: a server that is busy may be late with it."""
+
 LONGEST_LINE = 1 << 20
 """Bytes of a line of an answer, events included."""
 
@@ -103,12 +106,22 @@ async def ask(address: Address, path: str, body: Any = None) -> AsyncIterator[An
         writer.transport.abort()
 
 
-async def ask_json(address: Address, path: str, body: Any = None) -> Any:
-    """The JSON of an answer. Raises ServeError for one that is none or not 200, OSError as `ask`."""
-    async with ask(address, path, body) as answer:
-        data = await answer.body()
+async def ask_whole(address: Address, path: str, body: Any = None) -> bytes:
+    """The body of an answer that comes within ANSWER_SECONDS. Raises ServeError for one that is not 200, OSError as
+    `ask` and when none comes."""
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS), ask(address, path, body) as answer:
+            data = await answer.body()
+    except TimeoutError as cause:
+        raise TimeoutError(f"{path} was not answered within {ANSWER_SECONDS:g} s") from cause
     if answer.status != 200:
         raise ServeError(f"{address.url}{path} answered {answer.status}: {data[:200].decode(errors='replace')}")
+    return data
+
+
+async def ask_json(address: Address, path: str, body: Any = None) -> Any:
+    """The JSON of `ask_whole`. Raises ServeError also where it is none."""
+    data = await ask_whole(address, path, body)
     try:
         return json.loads(data)
     except ValueError as cause:

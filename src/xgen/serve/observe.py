@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xgen.infer.timing import host_bandwidth
-from xgen.serve.ask import Address, ask
+from xgen.serve.ask import Address, ask_whole
 from xgen.serve.errors import ServeError
 from xgen.serve.load import Load, Plan, cached_tokens_read, figures, prepare
 
@@ -39,11 +39,7 @@ def parse_metrics(text: str) -> Metrics:
 
 async def read_metrics(address: Address) -> Metrics:
     """The server's metrics now. Raises ServeError, and OSError when it does not answer."""
-    async with ask(address, "/metrics") as answer:
-        data = await answer.body()
-    if answer.status != 200:
-        raise ServeError(f"{address.url}/metrics answered {answer.status}; give the server's --api-key, if it has one")
-    return parse_metrics(data.decode())
+    return parse_metrics((await ask_whole(address, "/metrics")).decode())
 
 
 def resident_bytes(pid: int) -> int | None:

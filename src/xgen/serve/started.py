@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 from xgen.serve.errors import ServeError
 
@@ -41,10 +42,11 @@ class Started:
 def started(command: Sequence[str], *, seconds: float) -> Iterator[Started]:
     """A server run by `command`, which is told the port as `--port`; ready, and ended with the context.
 
-    Raises ServeError with the end of its output when it ends by itself or is not ready within `seconds`.
+    Call it on the main thread: SIGTERM ends the server too. Raises ServeError with the end of its output when it ends
+    by itself or is not ready within `seconds`.
     """
     port = _free_port()
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() as output, _leaving_at_sigterm():
         begin = time.monotonic()
         process = subprocess.Popen([*command, "--port", str(port)], stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -69,6 +71,20 @@ def is_ready(port: int) -> bool:
         return False
     finally:
         connection.close()
+
+
+@contextmanager
+def _leaving_at_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit inside: by itself it would leave the server behind."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
