@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import tokenizers
@@ -16,7 +17,9 @@ from xgen.convert.gguf_read import open_gguf
 from xgen.tokens.chat import SIGNS, XGEN_SOURCE, ChatTemplate, Message
 from xgen.tokens.tokenizer import Tokenizer
 
-transformers = pytest.importorskip("transformers")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 pytestmark = pytest.mark.oracle
 
 
@@ -35,18 +38,14 @@ def conversations(count: int, seed: int, tokenizer: Tokenizer, roles: bool = Tru
             count -= 1
 
 
-def theirs(
-    tokenizer: Tokenizer, source: str, bos: str = "<s>", eos: str = "</s>"
-) -> transformers.PreTrainedTokenizerFast:
+def theirs(tokenizer: Tokenizer, source: str, bos: str = "<s>", eos: str = "</s>") -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     library = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.document))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=library, bos_token=bos, eos_token=eos, chat_template=source
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=library, bos_token=bos, eos_token=eos, chat_template=source)
 
 
-def assert_equal_ids(
-    ours: ChatTemplate, library: transformers.PreTrainedTokenizerFast, messages: list[Message]
-) -> None:
+def assert_equal_ids(ours: ChatTemplate, library: PreTrainedTokenizerFast, messages: list[Message]) -> None:
     spoken = [{"role": message.role, "content": message.content} for message in messages]
     for reply in (True, False):
         found = ours.render(messages, reply=reply)
