@@ -134,6 +134,7 @@ def test_a_server_is_started_loaded_and_ended(micro: Micro) -> None:
     assert found["goodput"]["requests_per_second"] == pytest.approx(found["requests_per_second"])
     assert found["after"] == {"running": 0, "waiting": 0, "pages_used": 0}
     assert found["resident"]["peak_bytes"] > 10**7
+    assert 0 < found["bandwidth_share"] < 1
     assert 0 <= found["cache"]["used_peak"] <= 1
     port = int(found["url"].rpartition(":")[2])
     assert_one_error(command("bench", "serve", found["url"], "--requests", "1"), 2, f"{port} does not answer")

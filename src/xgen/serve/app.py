@@ -23,6 +23,7 @@ from xgen.serve.metrics import CONTENT_TYPE, exposition
 from xgen.serve.openapi import document
 from xgen.serve.options import Options
 from xgen.serve.refusals import RETRY_SECONDS, RequestError
+from xgen.serve.replies import Memory
 from xgen.serve.translate import DEFAULT_COMPLETION_TOKENS, Asked, Translator
 from xgen.serve.web import Guard, file_routes, page_files
 
@@ -32,12 +33,14 @@ PAGE_KINDS = (".html", ".css", ".js", ".svg")
 
 @dataclass(frozen=True)
 class Model:
-    """What is served: the engine, started and warm, the model's side of the interface, and the count of its weights."""
+    """What is served: the engine, started and warm, the model's side of the interface, the count of its weights, and
+    what a decode step reads of the memory, where that is known."""
 
     engine: Engine
     translator: Translator
     parameters: int
     created: int
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ class Server:
                 "parameters": model.parameters,
                 "slots": model.engine.statistics().slots,
                 "defaults": defaults,
+                "memory": None if model.memory is None else model.memory.model_dump(),
             }
         )
 

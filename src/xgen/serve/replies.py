@@ -149,6 +149,14 @@ class Health(_Told):
     status: Literal["ok", "loading", "draining", "broken"]
 
 
+class Memory(_Told):
+    """What a decode step reads: bytes of weights, and of keys and values for each token that a row has."""
+
+    device: str
+    weight_bytes: int
+    token_bytes: int
+
+
 class Props(_Told):
     model: str
     context_length: int
@@ -156,3 +164,4 @@ class Props(_Told):
     parameters: int
     slots: int
     defaults: dict[str, Any]
+    memory: Memory | None = None

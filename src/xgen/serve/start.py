@@ -8,16 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import jax
+
 from xgen.convert.description import Description
 from xgen.convert.open import open_model
 from xgen.errors import DataError, RecipeError
 from xgen.infer.cache import token_bytes
 from xgen.infer.engine import Engine
-from xgen.infer.open import engine_of, open_template
+from xgen.infer.open import Opened, engine_of, open_template
 from xgen.infer.program import Settings
+from xgen.infer.timing import weights_read
 from xgen.model import parameter_count
 from xgen.recipe.schema import Compute
 from xgen.serve.logs import note
+from xgen.serve.replies import Memory
 from xgen.serve.schemas import MOST_CHOICES
 from xgen.serve.translate import Translator
 
@@ -77,6 +81,9 @@ class Loader:
 
     def engine(self, report: Callable[[str, float], None]) -> Engine:
         """The engine, warm and not yet started. `report` is told of each program and of the seconds it took."""
+        return self._opened(report).engine
+
+    def _opened(self, report: Callable[[str, float], None]) -> Opened:
         wanted = self._wanted
         return engine_of(
             self._description,
@@ -86,15 +93,21 @@ class Loader:
             adapters=wanted.adapters,
             queue=wanted.queue,
             report=report,
-        ).engine
+        )
 
     def __call__(self) -> Model:
         """What a server serves, started; the log tells what was compiled."""
         from xgen.serve.app import Model  # needs Starlette, which the command line's other verbs do without
 
-        engine = self.engine(lambda program, seconds: note("compiled", program=program, seconds=round(seconds, 3)))
-        engine.start()
-        return Model(engine, self.translator, parameter_count(self._description.spec), created=int(time.time()))
+        opened = self._opened(lambda program, seconds: note("compiled", program=program, seconds=round(seconds, 3)))
+        opened.engine.start()
+        spec = replace(self._description.spec, compute=Compute(precision=self._wanted.precision))
+        memory = Memory(
+            device=jax.default_backend(),
+            weight_bytes=weights_read(opened.program, spec, self._settings.int8_weights),
+            token_bytes=token_bytes(spec, self._settings.int8_cache),
+        )
+        return Model(opened.engine, self.translator, parameter_count(spec), int(time.time()), memory)
 
 
 def _settings(wanted: Wanted, description: Description) -> Settings:
