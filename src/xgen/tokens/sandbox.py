@@ -79,7 +79,7 @@ class Sandbox:
                 written += len(part)
                 if written > longest:
                     raise TemplateError(f"it writes more than {longest} characters for {given} in the messages")
-        except Exception as cause:
+        except Exception as cause:  # a template is a program of somebody else's, and may raise anything
             raise DataError(f"the chat template refuses: {cause or type(cause).__name__}") from cause
         return "".join(parts)
 
