@@ -10,6 +10,7 @@ from small_models import SCALINGS, VARIANTS, spec_of, weights_of
 from xgen.errors import RecipeError
 from xgen.infer.program import Compiled, Settings, build
 from xgen.infer.protocol import Part, Row
+from xgen.infer.quantise import scale_of
 from xgen.infer.request import Sampling
 from xgen.loaded import LoadedModel
 from xgen.model import Spec
@@ -154,6 +155,18 @@ def test_int8_takes_about_half_of_bfloat16() -> None:
     plain, rounded = programs(spec), programs(spec, int8_weights=True, int8_cache=True)
     assert rounded.weight_bytes <= 0.53 * plain.weight_bytes
     assert rounded.cache_bytes <= 0.53 * plain.cache_bytes
+
+
+def test_int8_brings_the_largest_to_127_and_leaves_zeros() -> None:
+    values = np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32) * np.geomspace(1e-30, 1e30, 40)[:, None]
+    values[7] = 0
+    scale = np.asarray(scale_of(values, 1)).astype(np.float64)
+    assert np.isfinite(scale).all()
+    assert (scale >= np.finfo(np.float32).tiny).all()
+    levels = np.abs(values.astype(np.float64) / scale).max(axis=1)
+    assert levels[7] == 0
+    assert (np.delete(levels, 7) <= 127).all()
+    assert (np.delete(levels, 7) > 127 / 1.01).all()
 
 
 def test_nothing_compiles_once_warm() -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, BFloat16, Float, Int8
 
 from xgen.convert.pieces import Source
@@ -123,7 +124,9 @@ def quantised(matrix: Float[Array, "*_"], row: Weight, sizes: Sizes = ONE_DEVICE
 def scale_of(values: Float[Array, "*_"], axis: int) -> BFloat16[Array, "*_"]:
     """Brings the largest along `axis` to 127: the next bfloat16 above, since below the largest would be cut off."""
     largest = jnp.max(jnp.abs(values.astype(jnp.float32)), axis=axis, keepdims=True) / 127
-    bits = (jax.lax.bitcast_convert_type(largest, jnp.uint32) >> 16) + 1
+    # Of zeros alone no scale would be left: numbers below the smallest normal one count as 0 on many devices.
+    held: Array = jnp.maximum(largest, float(np.finfo(np.float32).tiny))
+    bits = (jax.lax.bitcast_convert_type(held, jnp.uint32) >> 16) + 1
     scale: Array = jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
     return scale
 
