@@ -270,13 +270,17 @@ def test_a_failed_call_fails_its_requests_and_the_engine_goes_on() -> None:
 
 
 def test_an_engine_whose_calls_all_fail_says_that_it_is_broken() -> None:
-    def before_call(_: str) -> None:
+    gate = Gate()
+
+    def before_call(name: str) -> None:
+        gate(name)
         raise OSError("the device is gone")
 
     with engine_of(slots=1, before_call=before_call) as engine:
         told = [Told() for _ in range(6)]
         for one in told:
             engine.submit(request_of(), one)
+        gate.open.set()
         assert all(one.ended.wait(WAIT) for one in told)
         errors = [one.last.error for one in told if isinstance(one.last, Failed)]
         assert [type(error) for error in errors] == [OSError] * 3 + [Broken] * 3
