@@ -15,6 +15,7 @@ SOURCE = ROOT / "src" / "xgen"
 # A room may import rooms of lower floors only. The report reads a run's files and knows the recipe, no room between.
 FLOORS = {
     "errors": 0,
+    "folders": 0,
     "recipe": 1,
     "tokens": 2,
     "model": 2,

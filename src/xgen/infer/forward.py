@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from xgen.infer.cache import Cache, LayerCache, read, write
 from xgen.infer.quantise import Quantised, Served, dense, plain, spread
-from xgen.model import Spec
+from xgen.model import Spec, native
 from xgen.model.decoder import embed
 from xgen.model.layers import inward, mlp, norm, outward
 from xgen.model.linear import accumulator, dot
@@ -61,15 +61,20 @@ def forward(
 
 def next_logits(weights: Served, spec: Spec, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
     """Float32 logits, whole on every device; padding rows of the vocabulary are -1e30."""
-    # XLA's CPU multiplies a bfloat16 matrix with one row ten times slower than with two, and with the matrix turned
-    # ten times slower than with the rows turned.
-    rows = jnp.tile(x, (2, 1)) if x.shape[0] == 1 and x.dtype == jnp.bfloat16 else x
     if weights.head is None:
-        scores = dot(gather(plain(weights.embedding, spec.dtype), spec.split.shards, 1), rows, 1, 1).T
+        table = gather(plain(weights.embedding, spec.dtype), spec.split.shards, 1)
+        scores = dot(x, table, 1, 1) if native.applies(x, table) else _turned(table, x)
     else:
-        scores = dot(rows, gather(plain(weights.head, spec.dtype), spec.split.shards, 0), 1, 0)
-    whole = gather(scores[: x.shape[0]], spec.split.tensor, 1)
+        scores = dot(x, gather(plain(weights.head, spec.dtype), spec.split.shards, 0), 1, 0)
+    whole = gather(scores, spec.split.tensor, 1)
     return jnp.where(jnp.arange(whole.shape[1]) < spec.real_vocab, whole, _HIDDEN)
+
+
+def _turned(table: Float[Array, "V D"], x: Float[Array, "T D"]) -> Float[Array, "T V"]:
+    """XLA's CPU multiplies a bfloat16 matrix with one row ten times slower than with two, and with the matrix turned
+    ten times slower than with the rows turned."""
+    rows = jnp.tile(x, (2, 1)) if x.shape[0] == 1 and x.dtype == jnp.bfloat16 else x
+    return dot(table, rows, 1, 1)[:, : x.shape[0]].T
 
 
 def _embedded(weights: Served, ids: Int[Array, "R C"], spec: Spec) -> Float[Array, "R C D"]:
@@ -105,7 +110,10 @@ def _attend(
     k = rotate(inward(x, w.key, w.key_bias, split), turns.cosine, turns.sine)
     v = inward(x, w.value, w.value_bias, split)
     pool = write(pool, k, v, *where)
-    mixed = over_pages(q, pool, where, turns.places)
+    if native.applies(q) and pool.value.dtype == jnp.uint16:
+        mixed = native.attend_pages(q, pool.key, pool.value, *where)
+    else:
+        mixed = over_pages(q, pool, where, turns.places)
     flat = mixed.astype(x.dtype).reshape(*mixed.shape[:2], -1)
     return outward(flat, w.output.reshape(flat.shape[-1], -1), w.output_bias, split), pool
 

@@ -26,7 +26,7 @@ from xgen.infer.forward import Where, forward, next_logits
 from xgen.infer.protocol import Choice, Part, Row, Scores
 from xgen.infer.quantise import Served, partitions, serve, stored_bytes
 from xgen.infer.request import MOST_TOP_LOGPROBS, Sampling
-from xgen.model import Spec, Weights
+from xgen.model import Spec, Weights, native
 from xgen.parallel.hardware import memory_limit
 from xgen.parallel.program import EVERYWHERE, ONE_DEVICE, Layout
 
@@ -78,7 +78,8 @@ class Compiled:
         self._spec = spec if layout.single else layout.spec(spec)
         self._weights, self._layout = dict(weights), layout
         # A bfloat16 product of a single row is ten times slower than one of two on XLA's CPU.
-        lonely = 2 if spec.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else 1
+        slow = spec.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and native.library() is None
+        lonely = 2 if slow else 1
         self._buckets = tuple(size for size in _powers(settings.slots) if size >= lonely) or (lonely,)
         widest = max(columns for _, columns in self.prefill_shapes)
         self._columns = -(-settings.window // settings.page) + -(-widest // settings.page) + 1

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from xgen.model import native
 from xgen.model.linear import accumulator, project
 from xgen.model.split import Split, leave
 from xgen.model.weights import Block
@@ -48,6 +49,8 @@ def _gelu(inner: Array) -> Array:
 
 @jax.custom_vjp
 def _swiglu(gate: Array, up: Array) -> Array:
+    if native.applies(gate, up):
+        return native.swiglu(gate, up)
     return jax.nn.silu(gate) * up
 
 
@@ -59,6 +62,8 @@ def _swiglu_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array
     """One after the other, so that each gradient can take the place of an array that is read for the last time, and
     neither is computed again in every product that it goes into."""
     gate, up = saved
+    if native.applies(gate, up, gradient):
+        return native.swiglu_gradients(gate, up, gradient)
     _, pull = jax.vjp(lambda gate: jax.nn.silu(gate) * up, gate)
     gate_gradient, gate, gradient = jax.lax.optimization_barrier((*pull(gradient), gate, gradient))
     both: tuple[Array, Array] = jax.lax.optimization_barrier((gate_gradient, jax.nn.silu(gate) * gradient))

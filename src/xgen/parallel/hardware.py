@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from xgen.folders import cache_folder
 from xgen.parallel.slices import PEAKS
 
 
@@ -16,8 +17,7 @@ def use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, or in the one that XGEN_CACHE names, so that a second start
     compiles nothing. JAX's own setting, where there is one, is left alone."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # set when JAX is imported
-        home = os.environ.get("XGEN_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "xgen" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

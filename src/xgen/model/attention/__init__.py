@@ -17,6 +17,7 @@ from xgen.errors import RecipeError
 from xgen.model.attention.spread import gathered, ringed, whole
 from xgen.model.attention.tiles import BLOCK, MASKED, blockwise
 from xgen.model.linear import accumulator
+from xgen.model.native import platform
 from xgen.model.split import local_places
 
 __all__ = ["BACKENDS", "BLOCK", "attention", "blockwise", "reference"]
@@ -34,7 +35,7 @@ def attention(
     """Softmax(q k / sqrt(E)) v under the causal and the segment mask.
 
     `backend`: "reference" holds all S x S scores; "blockwise" holds BLOCK x BLOCK of one key head at a time, forward
-    and backward; "splash" is the TPU's kernel; "auto" is splash where the program is for a TPU (see `platform`) and
+    and backward; "splash" is the TPU's kernel; "auto" is splash where the program is for a TPU (`native.platform`) and
     blockwise elsewhere. On GPUs too: cuDNN's attention, as JAX offers it, knows documents only from a mask of all
     S x S pairs.
 
@@ -56,14 +57,6 @@ def attention(
     if exchange != "gather":
         raise RecipeError(f"compute.exchange: {exchange!r} is not known; use 'gather' or 'ring'")
     return GATHERED[chosen](q, k, v, segments, context)
-
-
-def platform() -> str:
-    """What the program that is being traced is for: the devices of the mesh of the `jax.shard_map` around it, which
-    need not be there (ahead-of-time compilation for a TPU on a machine without one), else JAX's default.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
 
 
 def _auto() -> str:

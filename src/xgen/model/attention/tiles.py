@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from xgen.model import native
 from xgen.model.linear import accumulator
 
 BLOCK = 512
@@ -33,8 +34,29 @@ _AFTER_ALL = 2**31 - 1
 def blockwise(q: Array, k: Array, v: Array, segments: Array) -> Array:
     """Attention in tiles of queries and keys, those above the diagonal left out: the softmax is carried from tile to
     tile, and the backward pass recomputes the scores from its log-sum-exp (Dao et al. 2022)."""
+    if native.applies(q, k, v):
+        return _native(q, k, v, segments)
     rows = to_rows(q, k, v, segments)
     return from_rows(_rows_attention(*rows), q.shape[0])
+
+
+@jax.custom_vjp
+def _native(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    """The same by the CPU's kernels."""
+    return native.attend(q, k, v, segments)[0]
+
+
+def _native_forward(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, tuple[Array, ...]]:
+    out, lse = native.attend(q, k, v, segments)
+    return out, (q, k, v, segments, out, lse)
+
+
+def _native_backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
+    q, k, v, segments, out, lse = saved
+    return *native.attend_gradients(q, k, v, segments, out, lse, gradient), None
+
+
+_native.defvjp(_native_forward, _native_backward)
 
 
 class Rows(NamedTuple):

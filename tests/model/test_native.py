@@ -1,0 +1,203 @@
+"""The kernels of our own against float64, and what happens where they cannot be had."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xgen.model import native
+from xgen.model.attention import blockwise, reference
+from xgen.model.linear import dot
+
+Attend = Callable[..., jax.Array]
+
+HERE = pytest.mark.skipif(native.library() is None, reason=f"no kernels on this machine: {native.missing()}")
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(jnp.bfloat16)
+
+
+def wide(array: object) -> np.ndarray:
+    return np.asarray(array).astype(np.float64)
+
+
+@HERE
+class TestProducts:
+    @pytest.mark.parametrize("turned", [(1, 0), (1, 1), (0, 0), (0, 1)])
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_any_shape_is_float64s(self, turned: tuple[int, int], dtype: jnp.dtype) -> None:
+        rng = np.random.default_rng(0)
+        a_axis, b_axis = turned
+        shapes = [(1, 1, 1), (1, 576, 300), (8, 33, 65), (9, 64, 32), (13, 1, 7), (250, 17, 97), (300, 1100, 40)]
+        shapes += [tuple(int(2 ** rng.uniform(0, 8)) for _ in range(3)) for _ in range(25)]
+        for rows, depth, columns in shapes:
+            a = normal(rng, *((rows, depth) if a_axis else (depth, rows)))
+            b = normal(rng, *((columns, depth) if b_axis else (depth, columns)))
+            got = wide(native.multiply(jnp.asarray(a), jnp.asarray(b), a_axis, b_axis, jnp.dtype(dtype)))
+            want = (wide(a) if a_axis else wide(a).T) @ (wide(b).T if b_axis else wide(b))
+            # A float32 sum of `depth` products of about 1; then half a unit of bfloat16's last place.
+            bound = 2e-6 * depth**0.5 + (2.0**-8 * np.abs(want) if dtype == jnp.bfloat16 else 0)
+            assert (np.abs(got - want) <= bound + 1e-6).all(), (rows, depth, columns)
+
+    def test_a_row_is_the_same_in_any_company(self) -> None:
+        rng = np.random.default_rng(1)
+        a, b = jnp.asarray(normal(rng, 40, 200)), jnp.asarray(normal(rng, 200, 300))
+        whole = native.multiply(a, b, 1, 0, jnp.dtype(jnp.float32))
+        for rows in (1, 2, 3, 5, 8, 9, 12, 31):
+            part = native.multiply(a[7 : 7 + rows], b, 1, 0, jnp.dtype(jnp.float32))
+            assert (part == whole[7 : 7 + rows]).all(), rows
+
+    def test_the_model_s_product_takes_it_for_bfloat16_alone(self) -> None:
+        def called(dtype: str) -> bool:
+            a = jax.ShapeDtypeStruct((4, 8), jnp.dtype(dtype))
+            b = jax.ShapeDtypeStruct((8, 16), jnp.dtype(dtype))
+            return "xgen_multiply" in jax.jit(lambda a, b: dot(a, b, 1, 0)).lower(a, b).as_text()
+
+        assert called("bfloat16")
+        assert not called("float32")
+
+
+@HERE
+def test_attention_over_pages_is_float64s() -> None:
+    rng = np.random.default_rng(3)
+    for size, page, columns, kv_heads, group in [
+        (8, 4, 1, 1, 1),
+        (33, 16, 5, 2, 1),
+        (64, 128, 1, 3, 3),
+        (64, 33, 150, 1, 2),
+        (128, 64, 70, 2, 4),
+    ]:
+        start, length = rng.integers(0, 1500, 2), np.array([columns, max(columns // 2, 1)])
+        reach = int((start.max() + columns) // page + 2)
+        keys, values = (
+            normal(rng, 2 * reach + 1, kv_heads, size, page),
+            normal(rng, 2 * reach + 1, kv_heads, page, size),
+        )
+        table = rng.permutation(2 * reach).reshape(2, reach) + 1
+        q = normal(rng, 2, columns, kv_heads * group, size)
+        for row in range(2):  # what lies past a row's end must not matter, whatever it is
+            last = int(start[row] + length[row])
+            values[table[row, last // page], :, last % page :] = np.nan
+            values[table[row, last // page + 1 :]] = np.nan
+        got = wide(native.attend_pages(*map(jnp.asarray, (q, bits(keys), bits(values), table, start, length))))
+        for row in range(2):
+            key = np.concatenate([wide(keys[at]) for at in table[row]], axis=-1)
+            value = np.concatenate([wide(values[at]) for at in table[row]], axis=1)
+            for column in range(length[row]):
+                seen = int(start[row]) + column + 1
+                for head in range(kv_heads * group):
+                    scores = wide(q[row, column, head]) @ key[head // group][:, :seen] / size**0.5
+                    weights = np.exp(scores - scores.max())
+                    want = weights / weights.sum() @ value[head // group][:seen]
+                    assert np.abs(got[row, column, head] - want).max() < 0.02
+            assert np.isfinite(got[row]).all()
+
+
+@HERE
+@pytest.mark.parametrize("documents", ["one", "runs", "scattered"])
+def test_attention_and_its_gradients_are_the_reference_s(documents: str) -> None:
+    rng = np.random.default_rng(5)
+    for sequences, length, kv_heads, group, size in [
+        (1, 1, 1, 1, 8),
+        (2, 7, 2, 1, 33),
+        (1, 129, 1, 3, 64),
+        (2, 300, 2, 2, 24),
+        (1, 517, 3, 1, 128),
+    ]:
+        heads = kv_heads * group
+        q, k, v, gradient = (normal(rng, sequences, length, each, size) for each in (heads, kv_heads, kv_heads, heads))
+        told = {
+            "one": np.zeros((sequences, length)),
+            "runs": np.cumsum(rng.random((sequences, length)) < 0.02, axis=1),
+            "scattered": rng.integers(0, 3, (sequences, length)),
+        }
+        segments = jnp.asarray(told[documents], jnp.int32)
+
+        def out_and_gradients(
+            attend: Attend, dtype: str, *, of: tuple[np.ndarray, ...], at: jax.Array
+        ) -> list[np.ndarray]:
+            *operands, last = (jnp.asarray(array, dtype) for array in of)
+            out, pull = jax.vjp(lambda *three: attend(*three, at), *operands)
+            return [wide(leaf) for leaf in (out, *pull(last))]
+
+        with jax.enable_x64(True):
+            arrays = (q, k, v, gradient)
+            got = out_and_gradients(blockwise, "bfloat16", of=arrays, at=segments)
+            wanted = out_and_gradients(reference, "float64", of=arrays, at=segments)
+        for ours, want in zip(got, wanted, strict=True):
+            # Weights and their gradients are rounded to bfloat16 before the second products.
+            assert np.abs(ours - want).max() <= 0.01 * max(np.abs(want).max(), 0.1), (length, heads, size)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint16)
+
+
+@HERE
+def test_swiglu_and_its_gradients_are_float64s() -> None:
+    rng = np.random.default_rng(4)
+    gate, up, gradient = (4 * rng.standard_normal((3, 1000))).astype(jnp.bfloat16)
+    gate[:6] = [0, 100, -100, 1e-6, 60, -60]
+    g, u, d = map(wide, (gate, up, gradient))
+    s = 1 / (1 + np.exp(-g))
+    wanted = (g * s * u, d * u * s * (1 + g * (1 - s)), d * g * s)
+    operands = [jnp.asarray(array) for array in (gate, up, gradient)]
+    got = (native.swiglu(*operands[:2]), *native.swiglu_gradients(*operands))
+    for ours, want in zip(got, wanted, strict=True):
+        # Half a unit of bfloat16's last place, and float32's loss where 1 + g (1 - s) nearly cancels.
+        assert (np.abs(wide(ours) - want) <= 2.0**-8 * np.abs(want) + 1e-5).all()
+
+
+PROGRAM = """
+import warnings
+warnings.simplefilter("error" if {strict} else "default")
+import jax.numpy as jnp
+from xgen.model import native
+from xgen.model.attention import blockwise, reference
+from xgen.model.linear import dot
+x = jnp.ones((3, 5), jnp.bfloat16)
+print(float(dot(x, x, 1, 1).sum()), native.library() is None, native.missing())
+"""
+
+
+def run(strict: bool, **environment: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", PROGRAM.format(strict=strict)]
+    return subprocess.run(program, env=os.environ | environment, capture_output=True, text=True, check=True)
+
+
+def test_switched_off_products_are_xla_s() -> None:
+    done = run(True, XGEN_NATIVE="off")
+    assert done.stdout.strip() == "45.0 True XGEN_NATIVE is off"
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(tmp_path: Path) -> None:
+    done = run(True, PATH=str(tmp_path), CXX="", XGEN_CACHE=str(tmp_path))
+    assert done.stdout.startswith("45.0 True there is no C++ compiler" if native.library() else "45.0 True")
+
+
+@HERE
+def test_a_build_that_fails_is_told(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho the compiler is out of order >&2\nexit 1\n")
+    broken.chmod(0o755)
+    done = run(False, CXX=str(broken), XGEN_CACHE=str(tmp_path))
+    assert done.stdout.startswith("45.0 True")
+    assert "the compiler is out of order" in done.stderr
+
+
+@HERE
+def test_it_is_built_once(tmp_path: Path) -> None:
+    assert run(True, XGEN_CACHE=str(tmp_path)).stdout.startswith("45.0 False")
+    (built,) = (tmp_path / "xgen" / "native").iterdir()
+    before = built.stat().st_mtime_ns
+    run(True, XGEN_CACHE=str(tmp_path))
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "xgen" / "native").iterdir()] == [before]
