@@ -6,7 +6,11 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
+from xgen.folders import cache_folder
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Kernels are built once, whatever caches the tests begin with.
+os.environ.setdefault("XGEN_NATIVE", str(cache_folder() / "native"))
 
 
 def _checked_modules() -> list[str]:

@@ -180,7 +180,7 @@ def test_switched_off_products_are_xla_s() -> None:
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(tmp_path: Path) -> None:
-    done = run(True, PATH=str(tmp_path), CXX="", XGEN_CACHE=str(tmp_path))
+    done = run(True, PATH=str(tmp_path), CXX="")
     assert done.stdout.startswith("45.0 True there is no C++ compiler" if native.library() else "45.0 True")
 
 
@@ -189,15 +189,15 @@ def test_a_build_that_fails_is_told(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho the compiler is out of order >&2\nexit 1\n")
     broken.chmod(0o755)
-    done = run(False, CXX=str(broken), XGEN_CACHE=str(tmp_path))
+    done = run(False, CXX=str(broken), XGEN_NATIVE=str(tmp_path / "kernels"))
     assert done.stdout.startswith("45.0 True")
     assert "the compiler is out of order" in done.stderr
 
 
 @HERE
 def test_it_is_built_once(tmp_path: Path) -> None:
-    assert run(True, XGEN_CACHE=str(tmp_path)).stdout.startswith("45.0 False")
-    (built,) = (tmp_path / "xgen" / "native").iterdir()
+    assert run(True, XGEN_NATIVE=str(tmp_path)).stdout.startswith("45.0 False")
+    (built,) = tmp_path.iterdir()
     before = built.stat().st_mtime_ns
-    run(True, XGEN_CACHE=str(tmp_path))
-    assert [path.stat().st_mtime_ns for path in (tmp_path / "xgen" / "native").iterdir()] == [before]
+    run(True, XGEN_NATIVE=str(tmp_path))
+    assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == [before]

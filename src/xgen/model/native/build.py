@@ -85,7 +85,8 @@ def _built() -> Path:
     command = [str(compiler()), *FLAGS, f"-I{jax.ffi.include_dir()}", *(str(here / name) for name in SOURCES)]
     texts = [(here / name).read_bytes() for name in (*SOURCES, *HEADERS)]
     key = hashlib.sha256(b"\0".join([*texts, jax.__version__.encode(), *map(str.encode, command)]))
-    place = cache_folder() / "native" / f"kernels-{key.hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XGEN_NATIVE") or cache_folder() / "native")
+    place = folder / f"kernels-{key.hexdigest()[:16]}.so"
     if place.exists():
         return place
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -43,59 +43,33 @@ void stream(const uint32_t* a, int64_t step, const Matrix& b, int64_t n, int64_t
     }
 }
 
-// The same of 4 columns of a B that lies as [N, K].
-template <int R>
-void stream_turned(const uint32_t* a, int64_t step, const Matrix& b, int64_t n, int64_t n1, float* c, int64_t c_stride) {
-  const int64_t depth = b.rows, count = std::min<int64_t>(4, n1 - n);
-  const bf16* rows[4];
-  __m512 sums[R][4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = b.data + (n + std::min<int64_t>(i, count - 1)) * depth;
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sums[r][i] = _mm512_setzero_ps();
-  }
-  for (int64_t k = 0; k < depth; k += 32) {
-    const __mmask32 mask = first(depth - k);
-    __m512bh w[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) w[i] = (__m512bh)_mm512_maskz_loadu_epi16(mask, rows[i] + k);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const __m512bh x = (__m512bh)_mm512_maskz_loadu_epi16(mask, reinterpret_cast<const bf16*>(a + r * step) + k);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], x, w[i]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const float sum = _mm512_reduce_add_ps(sums[r][i]);
-      if (i < count) c[r * c_stride + i] = sum;
-    }
-  }
-}
-
 // R rows of A by B's columns [n0, n1); more than four rows in two passes, of which the second finds B in the cache.
 template <int R>
 void few(const uint32_t* a, int64_t step, const Matrix& b, int64_t n0, int64_t n1, float* c, int64_t c_stride) {
   constexpr int kFirst = R <= 4 ? R : (R + 1) / 2, kSecond = R - kFirst;
   constexpr int G = kFirst <= 3 ? 4 : 3;
-  const int64_t wide = b.turned ? 4 : G * kColumns;
-  for (int64_t n = n0; n < n1; n += wide) {
+  for (int64_t n = n0; n < n1; n += G * kColumns) {
     float* to = c + (n - n0);
-    if (b.turned)
-      stream_turned<kFirst>(a, step, b, n, n1, to, c_stride);
+    stream<kFirst, G>(a, step, b, n, n1, to, c_stride);
+    if constexpr (kSecond > 0) stream<kSecond, G>(a + kFirst * step, step, b, n, n1, to + kFirst * c_stride, c_stride);
+  }
+}
+
+// The same where B lies as [N, K], K even: a tile of 12 of its rows by all of A, which is packed as if it were B.
+void few_turned(const Matrix& a, const Matrix& b, int64_t n0, int64_t n1, float* c, int64_t c_stride) {
+  const int64_t pairs = a.columns / 2;
+  bf16* panel = kept<bf16>(0, 2 * kColumns * pairs);
+  float* sums = kept<float>(3, kRows * 16);
+  pack_b({a.data, a.columns, a.rows, true}, 0, a.columns, 0, a.rows, panel);
+  for (int64_t n = n0; n < n1; n += kRows) {
+    const int64_t count = std::min(kRows, n1 - n);
+    const uint32_t* rows = reinterpret_cast<const uint32_t*>(b.data + n * a.columns);
+    if (count == kRows)
+      tile<kRows, false, 1>(rows, pairs, panel, pairs, sums, 16, false);
     else
-      stream<kFirst, G>(a, step, b, n, n1, to, c_stride);
-    if constexpr (kSecond > 0) {
-      const uint32_t* rest = a + kFirst * step;
-      if (b.turned)
-        stream_turned<kSecond>(rest, step, b, n, n1, to + kFirst * c_stride, c_stride);
-      else
-        stream<kSecond, G>(rest, step, b, n, n1, to + kFirst * c_stride, c_stride);
-    }
+      for (int64_t i = 0; i < count; ++i) tile<1, false, 1>(rows + i * pairs, pairs, panel, pairs, sums + 16 * i, 16, false);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t m = 0; m < a.rows; ++m) c[m * c_stride + n - n0 + i] = sums[16 * i + m];
   }
 }
 
@@ -111,36 +85,39 @@ struct Product {
 
   // C[m0:m1, n0:n1]
   void block(int64_t m0, int64_t m1, int64_t n0, int64_t n1) const {
-    if (a.rows <= kFewest && !a.turned) return stripe(n0, n1);
+    if (few_rows()) return stripe(n0, n1);
     const int64_t width = up(n1 - n0, kColumns), depth = a.columns;
     const int64_t parts = (depth + kDepth - 1) / kDepth, part = up((depth + parts - 1) / parts, 2);
     bf16* packed = kept<bf16>(0, width * up(part, 2));
-    uint32_t* left = kept<uint32_t>(1, a.turned ? up(m1 - m0, 16) * (part + 1) / 2 + 64 : kRows * a_stride(false, 0, part) + 64);
-    float* sums = kept<float>(2, up(m1 - m0, kRows) * width);
+    const int64_t most = a_stride(a.turned, m1 - m0, part);
+    uint32_t* left = kept<uint32_t>(1, most * (a.turned ? (part + 1) / 2 : m1 - m0) + 64);
+    float* sums = kept<float>(2, (m1 - m0) * width);
     for (int64_t k0 = 0; k0 < depth; k0 += part) {
-      const int64_t deep = std::min(part, depth - k0), pairs = (deep + 1) / 2;
+      const int64_t deep = std::min(part, depth - k0), pairs = (deep + 1) / 2, step = a_stride(a.turned, m1 - m0, deep);
       pack_b(b, k0, deep, n0, n1, packed);
-      if (a.turned) pack_a(a, k0, deep, m0, m1, left);
-      for (int64_t m = m0; m < m1; m += kRows) {
-        const int64_t count = std::min(kRows, m1 - m);
-        if (!a.turned) pack_a(a, k0, deep, m, m + count, left);
-        const uint32_t* from = a.turned ? left + (m - m0) : left;
-        const int64_t step = a_stride(a.turned, m1 - m0, deep);
-        const Tile run = a.turned ? tile_of<true>(count) : tile_of<false>(count);
-        for (int64_t n = 0; n < width; n += kColumns)
-          run(from, step, packed + n * 2 * pairs, pairs, sums + (m - m0) * width + n, width, k0 > 0);
-        if (k0 + deep == depth)
-          for (int64_t i = m; i < m + count; ++i) write(sums + (i - m0) * width, i, n0, n1);
-      }
+      pack_a(a, k0, deep, m0, m1, left);
+      for (int64_t n = 0; n < width; n += kColumns)  // a panel stays in the first-level cache while the rows pass
+        for (int64_t m = 0; m < m1 - m0; m += kRows) {
+          const int64_t count = std::min(kRows, m1 - m0 - m);
+          const Tile run = a.turned ? tile_of<true>(count) : tile_of<false>(count);
+          run(left + (a.turned ? m : m * step), step, packed + n * 2 * pairs, pairs, sums + m * width + n, width, k0 > 0);
+        }
     }
+    for (int64_t m = m0; m < m1; ++m) write(sums + (m - m0) * width, m, n0, n1);
   }
+
+  bool few_rows() const { return a.rows <= kFewest && !a.turned && !(b.turned && a.columns % 2); }
 
   void stripe(int64_t n0, int64_t n1) const {
     const int64_t step = a_stride(false, 0, a.columns), width = up(n1 - n0, kColumns) + 4 * kColumns;
     uint32_t* left = kept<uint32_t>(1, a.rows * step + 64);
     float* sums = kept<float>(2, a.rows * width);
-    pack_a(a, 0, a.columns, 0, a.rows, left);
-    kFew[a.rows - 1](left, step, b, n0, n1, sums, width);
+    if (b.turned) {
+      few_turned(a, b, n0, n1, sums, width);
+    } else {
+      pack_a(a, 0, a.columns, 0, a.rows, left);
+      kFew[a.rows - 1](left, step, b, n0, n1, sums, width);
+    }
     for (int64_t m = 0; m < a.rows; ++m) write(sums + m * width, m, n0, n1);
   }
 
@@ -174,9 +151,9 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ff
   int64_t down = (rows + kChunk - 1) / kChunk;
   int64_t across = (columns + kBlock / depth - 1) / std::min<int64_t>(kBlock / depth, 1 << 20);
   across = std::max(across, std::min((4 * threads + down - 1) / down, (columns + 2 * kColumns - 1) / (2 * kColumns)));
-  if (rows <= kFewest && !a_turned) across = std::min(2 * threads, (columns + 4 * kColumns - 1) / (4 * kColumns));
+  if (product.few_rows()) across = std::min(2 * threads, (columns + 4 * kColumns - 1) / (4 * kColumns));
   product.rows = up((rows + down - 1) / down, rows > kRows ? kRows : 1);
-  product.columns = up((columns + across - 1) / across, rows <= kFewest ? 4 * kColumns : kColumns);
+  product.columns = up((columns + across - 1) / across, product.few_rows() ? 4 * kColumns : kColumns);
   down = (rows + product.rows - 1) / product.rows;
   across = (columns + product.columns - 1) / product.columns;
   Crew::run(pool, down * across, [&](int64_t at) {

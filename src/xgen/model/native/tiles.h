@@ -28,9 +28,9 @@ using bf16 = uint16_t;
 
 constexpr int64_t kRows = 12;       // of a tile: 12 x 2 vectors of sums, 2 of B and one of A fill the 32 registers
 constexpr int64_t kColumns = 32;    // of a tile and of a packed panel
-constexpr int64_t kDepth = 1024;    // of K at a time
+constexpr int64_t kDepth = 512;     // of K at a time: a panel of B is then 32 KiB, and stays in the first-level cache
 constexpr int64_t kBlock = 1 << 18; // elements of a packed block of B: 512 KiB
-constexpr int64_t kChunk = 240;     // rows of A for which a block of B is packed
+constexpr int64_t kChunk = 480;     // rows of A for which a block of B is packed
 
 inline int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -168,29 +168,32 @@ inline void pack_a(const Matrix& a, int64_t k0, int64_t depth, int64_t m0, int64
   }
 }
 
-// C[R, 32] of A's pairs and a panel of B.
-template <int R, bool Turned>
+// C[R, 16 V] of A's pairs and a panel of B.
+template <int R, bool Turned, int V = 2>
 void tile(const uint32_t* a, int64_t step, const bf16* b, int64_t pairs, float* c, int64_t c_stride, bool add) {
-  __m512 low[R], high[R];
-  for (int r = 0; r < R; ++r) low[r] = high[r] = _mm512_setzero_ps();
+  __m512 sums[R][V];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sums[r][v] = _mm512_setzero_ps();
   for (int64_t p = 0; p < pairs; ++p) {
-    const __m512bh b0 = (__m512bh)_mm512_load_si512(b + p * 64), b1 = (__m512bh)_mm512_load_si512(b + p * 64 + 32);
+    __m512bh right[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) right[v] = (__m512bh)_mm512_load_si512(b + p * 2 * kColumns + v * kColumns);
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(Turned ? a[p * step + r] : a[r * step + p]);
-      low[r] = _mm512_dpbf16_ps(low[r], x, b0);
-      high[r] = _mm512_dpbf16_ps(high[r], x, b1);
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(Turned ? a[p * step + r] : a[r * step + p]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], left, right[v]);
     }
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    float* to = c + r * c_stride;
-    if (add) {
-      low[r] = _mm512_add_ps(low[r], _mm512_load_ps(to));
-      high[r] = _mm512_add_ps(high[r], _mm512_load_ps(to + 16));
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* to = c + r * c_stride + 16 * v;
+      _mm512_store_ps(to, add ? _mm512_add_ps(sums[r][v], _mm512_load_ps(to)) : sums[r][v]);
     }
-    _mm512_store_ps(to, low[r]);
-    _mm512_store_ps(to + 16, high[r]);
-  }
 }
 
 using Tile = void (*)(const uint32_t*, int64_t, const bf16*, int64_t, float*, int64_t, bool);
