@@ -13,7 +13,7 @@ types:
 	$(PYTHON) -m mypy
 
 test:
-	$(PYTHON) -m pytest -m "not slow and not oracle and not browser"
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow and not oracle and not browser"
 
 slow:
 	$(PYTHON) -m pytest -m "slow or oracle or browser"

@@ -59,3 +59,10 @@ def test_the_readme_begins_with_the_two_commands() -> None:
     first_screen = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:24])
     assert "xgen train tiny --run" in first_screen
     assert "python -m pytest" in first_screen
+
+
+def test_the_examples_ask_for_the_model_by_the_name_that_its_server_is_given() -> None:
+    text = (ROOT / "docs/serve.md").read_text(encoding="utf-8")
+    asked = re.findall(r'"model(?:": "|=)(\w+)', text)
+    assert len(asked) == 2
+    assert set(asked) == set(re.findall(r"xgen serve \S+ --name (\w+)", text))

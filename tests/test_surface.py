@@ -40,6 +40,7 @@ VERBS = """
     serve
     bench generate
     bench serve
+    bench train
     recipe list
     recipe show
     data show

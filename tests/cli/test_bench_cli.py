@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from micro_runs import Done, Micro, assert_one_error, command, start
+
+sys.path.append(str(Path(__file__).parent.parent / "serve"))
+from served import listening
 
 GENERATE_KEYS = [
     "model",
@@ -181,6 +186,31 @@ def test_loads_that_cannot_be(micro: Micro) -> None:
     ):
         assert_one_error(command("bench", "serve", micro.straight, *arguments), 2, told)
     assert_one_error(command("bench", "serve", "http://"), 2, "is no address")
+
+
+@pytest.mark.parametrize(
+    ("load", "told"),
+    [
+        (("--clients", "2", "--seconds", "1"), ("none of the 2 requests finished (2 unfinished)", "fewer --clients")),
+        (("--rate", "20", "--seconds", "1"), ("unfinished)", "give more --seconds, or a lower --rate")),
+        (("--rate", "1e-9", "--seconds", "0.1"), ("no request was due within 0.1 s", "higher --rate")),
+        (("--clients", "2", "--requests", "2", "--timeout", "0.5"), ("(2 timeout)", "the server's log says why")),
+    ],
+)
+def test_a_load_of_which_nothing_finished_is_an_error(load: tuple[str, ...], told: tuple[str, ...]) -> None:
+    stuck = threading.Event()
+    with listening(pace=lambda _: stuck.wait(10)) as found:
+        threading.Timer(2.0, stuck.set).start()
+        done = command("bench", "serve", found.address, *TINY, *load)
+    assert_one_error(done, 2, *told)
+    assert "first token s" not in done.out, "a table without figures"
+    assert json.loads(done.out.splitlines()[-1])["requests"]["finished"] == 0
+
+
+def test_a_load_that_is_all_hung_up_on_is_none() -> None:
+    with listening() as found:
+        done = command("bench", "serve", found.address, *TINY, "--requests", "3", "--disconnect", "1")
+    assert last_line(done)["requests"]["hung_up"] > 0
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:

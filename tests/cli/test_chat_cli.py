@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,33 @@ class TestPiped:
         done = command("chat", micro.straight, "--template", template, "--quiet", *OPTIONS)
         assert (done.code, done.err) == (0, "")
         assert done.out.endswith("\n")
+
+    def test_a_line_that_is_no_text_is_left_out_and_the_chat_goes_on(
+        self, micro: Micro, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = tmp_path / "talk.json"
+        pipe(monkeypatch, b"ab\r\nc\xffd\ne\xc3\xa9\n" + f"/save {place}\n".encode())
+        done = command("chat", micro.straight, "--template", template, "--quiet", *OPTIONS)
+        assert done.code == 0
+        assert done.err == "error: the line is not UTF-8: byte 1 is 0xff; it is left out\n"
+        messages = json.loads(place.read_text())["messages"]
+        assert [message["content"] for message in messages if message["role"] == "user"] == ["ab", "e\u00e9"]
+
+    def test_so_is_one_that_is_typed(self, micro: Micro, template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        typed: Iterator[bytes] = iter([b"a\xff", b"/set max_tokens=3"])
+
+        def line(_: str) -> str:
+            try:
+                return next(typed).decode()
+            except StopIteration as cause:
+                raise EOFError from cause
+
+        pipe(monkeypatch, "")
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+        monkeypatch.setattr("builtins.input", line)
+        done = command("chat", micro.straight, "--template", template, "--quiet", *OPTIONS)
+        assert (done.code, done.err) == (0, "error: the line is not UTF-8: byte 1 is 0xff; it is left out\n")
+        assert next(typed, None) is None
 
     def test_what_no_longer_fits_is_said_even_quietly(
         self, micro: Micro, template: Path, monkeypatch: pytest.MonkeyPatch

@@ -51,6 +51,29 @@ class TestPrompts:
         command(*asked, "--json", place)
         assert json.loads(place.read_text())["object"] == "chat.completion"
 
+    def test_a_text_is_as_long_as_fits_unless_it_is_told(self, micro: Micro, template: Path, tmp_path: Path) -> None:
+        place = tmp_path / "answer.json"
+        for prompt, more in (("abc", ()), ("abc" * 20, ()), ("abc", ("--template", template))):
+            done = command("generate", micro.straight, "--prompt", prompt, "--seed", 1, *more, "--json", place)
+            assert done.code == 0, done.err
+            used = json.loads(place.read_text())["usage"]
+            assert used["completion_tokens"] > 0
+            assert used["total_tokens"] == 64, "the whole of the context"
+            assert f"(it ends after {used['completion_tokens']} tokens: the context is full)" in done.err
+        room = used["completion_tokens"]
+        asked = ("generate", micro.straight, "--template", template, "--prompt", "abc", "--seed", 1)
+        assert command(*asked, "--max-tokens", room).code == 0
+        told = assert_one_error(command(*asked, "--max-tokens", room + 1), 2, f"give --max-tokens {room} or less")
+        assert "truncation" not in told
+
+    def test_a_text_for_which_there_is_much_room_ends_at_the_default(
+        self, micro: Micro, template: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("xgen.cli.generate.DEFAULT_TOKENS", 40)
+        for more in ((), ("--template", template)):
+            done = command("generate", micro.straight, "--prompt", "abc", "--seed", 1, *more)
+            assert "(it ends after 40 tokens; --max-tokens allows more)" in done.err
+
     def test_every_option_arrives(self, micro: Micro, monkeypatch: pytest.MonkeyPatch) -> None:
         from xgen.serve.translate import Translator
 
@@ -75,11 +98,14 @@ class TestMistakes:
         ("words", "told"),
         [
             (["--prompt", "a", "--file", "b"], "--prompt and --file are two prompts"),
-            (["--prompt", "a", "--chat"], "no chat template"),
+            (["--prompt", "a", "--chat"], "give one with --template, or let it go on with the text: give --raw"),
             (["--prompt", "a", "--system", "b"], "no chat template that --system could go into"),
             (["--prompt", "a", "--raw", "--system", "b"], "leave out --system and --template"),
             (["--prompt", "a", "--temperature", "3"], "'temperature'"),
-            (["--prompt", "a", "--max-tokens", "99"], "the context holds 64"),
+            (["--prompt", "a", "--max-tokens", "99"], "the context holds 64; give --max-tokens 63 or less"),
+            (["--prompt", "ab" * 40], "context holds 64 with the answer; shorten the prompt"),
+            (["--prompt", "ab" * 40, "--max-tokens", "1"], "context holds 64 with the answer; shorten the prompt"),
+            (["--prompt", "a", "--adapter", "a=none"], "there is no adapter folder none"),
             (["--prompt", "a", "--window", "99"], "beyond the 64 tokens"),
             (["--prompt", "a", "--template", "none.jinja"], "cannot read the chat template none.jinja"),
             (["--prompt", "a", "--out", "b"], "--out belongs to --batch"),
@@ -126,9 +152,35 @@ class TestBatches:
         alone = command("generate", micro.straight, "--prompt", "a", "--max-tokens", 4, "--seed", 1)
         assert alone.out == answers[0]["response"]["body"]["choices"][0]["text"] + "\n"
         assert_one_error(command(*asked), 2, "is there already; go on with it with --resume")
+        for more in ([], ["--resume"]):
+            itself = command("generate", micro.straight, "--batch", source, "--out", source, *more)
+            assert_one_error(itself, 2, "in.jsonl has the requests themselves")
         again = target.read_text()
         assert command(*asked, "--resume").code == 0
         assert target.read_text() == again
+
+    def test_answers_of_another_batch_are_found_before_the_model_is_loaded(self, micro: Micro, tmp_path: Path) -> None:
+        source, other, target = (tmp_path / f"{name}.jsonl" for name in ("in", "other", "out"))
+        body = {"prompt": "a", "max_tokens": 2}
+        for path in (source, other):
+            asked = {"custom_id": path.stem, "method": "POST", "url": "/v1/completions", "body": body}
+            path.write_text(json.dumps(asked) + "\n")
+        assert "ready after" in command("generate", micro.straight, "--batch", other, "--out", target).err
+        resumed = ("generate", micro.straight, "--batch", source, "--resume", "--out")
+        done = command(*resumed, target)
+        assert_one_error(done, 2, "out.jsonl is of another batch: its line 1 answers 'other'")
+        assert "ready after" not in done.err
+        assert_one_error(command(*resumed, tmp_path), 2, f"cannot read {tmp_path}: Is a directory")
+
+    def test_a_resumed_batch_does_not_try_failed_lines_again(self, micro: Micro, tmp_path: Path) -> None:
+        source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+        line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "top_p": 2}}
+        source.write_text(json.dumps(line) + "\n")
+        asked = ("generate", micro.straight, "--batch", source, "--out", target)
+        assert_one_error(command(*asked), 2, "1 of 1 requests failed")
+        before = target.read_text()
+        assert command(*asked, "--resume").code == 0
+        assert target.read_text() == before
 
     def test_the_exit_code_says_that_one_failed(self, micro: Micro, tmp_path: Path) -> None:
         source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

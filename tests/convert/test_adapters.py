@@ -19,6 +19,7 @@ from xgen.convert.adapters import merge_adapter
 from xgen.convert.hf_read import open_hugging_face
 from xgen.convert.pieces import assemble
 from xgen.errors import CheckpointError
+from xgen.infer.open import open_engine
 from xgen.model import Spec, Weights, as_dict, last_logits
 from xgen.recipe.schema import Compute
 
@@ -257,6 +258,16 @@ class TestRefusals:
         (tmp_path / "adapter" / file).unlink()
         with pytest.raises(CheckpointError, match=says):
             merge_adapter(tmp_path / "adapter", weights, spec)
+
+    def test_a_folder_that_is_not_there_is_told_before_any_weight_is_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_folder(tmp_path / "base")
+        (tmp_path / "file").touch()
+        monkeypatch.delattr("xgen.infer.open.assemble")
+        for name, says in (("none", "there is no adapter folder .*none"), ("file", "file is no folder")):
+            with pytest.raises(CheckpointError, match=says):
+                open_engine(tmp_path / "base", adapters={"a": tmp_path / name})
 
     def test_pickles_are_not_read(self, tmp_path: Path) -> None:
         spec, weights = base_of(tmp_path / "base")

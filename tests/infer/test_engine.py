@@ -176,7 +176,11 @@ def test_prompts_are_scored_without_output(engine: Engine) -> None:
         ("top_k", {"sampling": Sampling(top_k=-1)}),
         ("min_p", {"sampling": Sampling(min_p=2.0)}),
         ("repetition_penalty", {"sampling": Sampling(repetition_penalty=0.0)}),
+        ("repetition_penalty", {"sampling": Sampling(repetition_penalty=1e-38)}),
+        ("repetition_penalty", {"sampling": Sampling(repetition_penalty=1e39)}),
         ("presence_penalty", {"sampling": Sampling(presence_penalty=float("inf"))}),
+        ("frequency_penalty", {"sampling": Sampling(frequency_penalty=-1e39)}),
+        ("logit_bias", {"sampling": Sampling(logit_bias=((1, 1e39),))}),
         ("logit_bias", {"sampling": Sampling(logit_bias=((257, 1.0),))}),
         ("logit_bias", {"sampling": Sampling(logit_bias=((1, float("nan")),))}),
     ],
@@ -291,6 +295,28 @@ def test_an_engine_whose_calls_all_fail_says_that_it_is_broken() -> None:
         with pytest.raises(Broken):
             engine.generate([request_of()])
         assert engine.drain(0.0)
+
+
+def test_an_engine_whose_rows_cannot_be_set_after_a_failed_call_says_that_it_is_broken() -> None:
+    """As after a lack of memory: the call took the program's arrays with it, and nothing is computed any more."""
+
+    def before_call(_: str) -> None:
+        raise OSError("no memory")
+
+    program = FakeProgram(before_call=before_call)
+    with Engine(program, description()) as engine:
+        with pytest.raises(OSError, match="no memory"):
+            engine.generate([request_of()])
+
+        def set_slot(*_: Any) -> None:
+            raise RuntimeError("Array has been deleted")
+
+        program.set_slot = set_slot  # type: ignore[method-assign]
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="deleted"):
+                engine.generate([request_of()])
+        soon(lambda: engine.broken is not None)
+        assert "no memory" in str(engine.broken)
 
 
 def test_draining_waits_for_what_is_under_way_and_takes_no_more() -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xgen.errors import DataError
+from xgen.infer.check import LARGEST_CHANGE, LEAST_REPETITION
 from xgen.infer.request import Sampling
 from xgen.infer.sampling import (
     MOST_BANNED,
@@ -233,6 +234,37 @@ class TestCuts:
         logits[[3, 280]] = 0
         for sampling in (Sampling(temperature=100.0), Sampling(top_k=10), Sampling(top_p=0.999), GREEDY):
             assert set(many(logits, sampling, 256).tolist()) <= {3, 280}
+
+    @pytest.mark.parametrize(
+        "sampling",
+        [Sampling(), GREEDY, Sampling(top_k=5), Sampling(top_p=0.9), Sampling(min_p=0.5), Sampling(top_k=5, top_p=0.9)],
+    )
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_of_logits_that_are_no_numbers_comes_an_id_all_the_same(self, sampling: Sampling, value: float) -> None:
+        """One past the vocabulary would have no embedding; the log-probability tells that it means nothing."""
+        logits = np.full(VOCABULARY, value, np.float32)
+        chosen = drawn(logits[None], controls_of((sampling, [], [])), np.array([3]))
+        assert 0 <= chosen.ids[0] < VOCABULARY
+        assert np.isnan(chosen.logprobs[0])
+
+    @pytest.mark.parametrize("temperature", [0.0, 1e-46, 1e-38, 1.0, 1e30])
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"repetition_penalty": LEAST_REPETITION},
+            {"repetition_penalty": LARGEST_CHANGE},
+            {"presence_penalty": LARGEST_CHANGE, "frequency_penalty": LARGEST_CHANGE},
+            {"presence_penalty": -LARGEST_CHANGE, "frequency_penalty": -LARGEST_CHANGE},
+            {"logit_bias": ((1, LARGEST_CHANGE), (2, -LARGEST_CHANGE)), "repetition_penalty": LEAST_REPETITION},
+            {"logit_bias": ((1, -LARGEST_CHANGE),), "repetition_penalty": LARGEST_CHANGE},
+            {"top_p": 1e-300, "min_p": 1.0},
+        ],
+    )
+    def test_the_strongest_settings_draw_tokens_all_the_same(self, changes: dict, temperature: float) -> None:
+        logits = logits_of("masked", 2) * 1000
+        logits[VOCABULARY // 2 :] = -1e30
+        ids = many(logits, Sampling(temperature=temperature, **changes), 64, range(300), [1] * 300)
+        assert set(ids.tolist()) <= set(range(VOCABULARY // 2))
 
     def test_more_than_can_be_banned_is_refused(self) -> None:
         with pytest.raises(DataError, match="keeps 25 tokens"):

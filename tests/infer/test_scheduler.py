@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_program import FakeProgram, answer, prompt_logprobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from requests_told import Told
 
-from xgen.errors import RecipeError
+from xgen.errors import DataError, RecipeError
 from xgen.infer.request import Failed, Listener, Prefilled, Request, Sampling
-from xgen.infer.scheduler import Scheduler, choose_shape
+from xgen.infer.scheduler import NotNumbers, Scheduler, choose_shape
 from xgen.infer.task import Task
 
 END = 0
@@ -378,6 +380,80 @@ def test_a_call_that_raises_fails_its_rows_alone() -> None:
     assert len(first.ids) == 10
     check_answer(request_of([2], 10), third, desk.program)
     desk.check_empty()
+
+
+@pytest.mark.parametrize(("error", "counted"), [(RuntimeError("the buffer is gone"), 1), (DataError("no token 9"), 0)])
+def test_a_row_that_cannot_be_set_fails_alone_and_counts_unless_it_is_refused(error: Exception, counted: int) -> None:
+    desk = Desk()
+    setting = desk.program.set_slot
+
+    def set_slot(*given: Any) -> None:
+        if given[-1].seed == 7:
+            raise error
+        setting(*given)
+
+    desk.program.set_slot = set_slot  # type: ignore[method-assign]
+    failed = desk.ask(request_of([1], 10, 7))
+    desk.step()
+    assert failed.last == Failed(error)
+    assert desk.scheduler.failures == [error] * counted
+    told = desk.ask(request_of([2], 10))
+    desk.run()
+    assert desk.scheduler.failures == []
+    check_answer(request_of([2], 10), told, desk.program)
+    desk.check_empty()
+
+
+@pytest.mark.parametrize(("name", "place"), [("prefill", 8), ("decode", 10)])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_row_whose_scores_are_not_numbers_fails_alone_and_leaves_no_page(name: str, place: int, value: float) -> None:
+    """At its first token, or at its third, where pages have become full."""
+    desk = Desk(page=4 if name == "prefill" else 10)
+    computing = getattr(desk.program, name)
+
+    def sick(adapter: str, rows: Any) -> Any:
+        choice = computing(adapter, rows)
+        last = [row.place + 1 if name == "decode" else row.start + len(row.ids) for row in rows]
+        spoilt = np.array([row.slot == 0 for row in rows]) & (np.array(last) == place)
+        return replace(choice, logprobs=np.where(spoilt, value, choice.logprobs))
+
+    setattr(desk.program, name, sick)
+    requests = [request_of([1] * 8, 10, ignore_eos=True), request_of([2] * 8, 10, 7, ignore_eos=True)]
+    told, healthy = map(desk.ask, requests)
+    desk.run()
+    assert isinstance(told.last, Failed)
+    assert isinstance(told.last.error, NotNumbers)
+    assert f"the model's scores after {place} tokens are not numbers" in str(told.last.error)
+    assert told.ids == answer(requests[0], ENDS, desk.program.alphabet)[0][: place - 8]
+    check_answer(requests[1], healthy, desk.program)
+    assert desk.scheduler.failures == []
+    setattr(desk.program, name, computing)
+    again = desk.ask(request_of([1] * 8 + told.ids + [3], 2))
+    desk.run()
+    assert again.finished.cached_tokens == 0
+    desk.check_empty()
+
+
+def test_a_scored_prompt_whose_scores_are_not_numbers_fails() -> None:
+    """In its second stretch; what follows the last token of a prompt is no token's score."""
+    request = request_of([1] * 12, 0, score_prompt=True)
+    for place, fails in ((9, True), (10, True), (11, False)):
+        desk = Desk(score_columns=8)
+        scoring = desk.program.score
+
+        def sick(adapter: str, part: Any, targets: Any, place: int = place, scoring: Any = scoring) -> Any:
+            scores, choice = scoring(adapter, part, targets)
+            spoilt = part.start + np.arange(len(part.ids)) == place
+            return replace(scores, logprobs=np.where(spoilt, np.nan, scores.logprobs)), choice
+
+        desk.program.score = sick  # type: ignore[method-assign]
+        told = desk.ask(request)
+        desk.run()
+        assert isinstance(told.last, Failed) == fails
+        if isinstance(told.last, Failed):
+            assert f"after {place + 1} tokens" in str(told.last.error)
+            assert told.scores is None
+        desk.check_empty()
 
 
 def test_a_listener_that_raises_ends_its_request_alone() -> None:

@@ -76,12 +76,13 @@ def translator(**settings: Any) -> Translator:
 
 @dataclass
 class Running:
-    """`pace` is called before each of the program's calls; it may sleep or wait."""
+    """`pace` is called before each of the program's calls; it may sleep or wait. `connections` are open now."""
 
     server: Server
     model: Model
     program: FakeProgram
     address: str = ""
+    connections: Callable[[], int] = lambda: 0
 
     def client(self, **settings: Any) -> httpx.Client:
         return httpx.Client(base_url=self.address, timeout=20, **settings)
@@ -122,12 +123,16 @@ def asked(**settings: Any) -> Iterator[tuple[TestClient, Running]]:
 
 
 @contextlib.contextmanager
-def listening(**settings: Any) -> Iterator[Running]:
-    """A server on a socket of this machine, in a thread; it drains at the end."""
+def listening(*, send_bytes: int | None = None, **settings: Any) -> Iterator[Running]:
+    """A server on a socket of this machine, in a thread; it drains at the end. `send_bytes`: what the system takes in
+    of an answer that is not read, where that is not to be its own choice of megabytes."""
     with running(**settings) as found:
         opened = open_socket("127.0.0.1", 0)
+        if send_bytes is not None:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
         found.address = f"http://127.0.0.1:{opened.getsockname()[1]}"
         http = Http(found.server)
+        found.connections = lambda: len(http.server_state.connections)
         thread = threading.Thread(target=http.run, kwargs={"sockets": [opened]}, daemon=True)
         thread.start()
         try:

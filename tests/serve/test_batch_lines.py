@@ -142,6 +142,13 @@ def test_it_goes_on_with_nothing_but_its_own(tmp_path: Path) -> None:
     other = write(tmp_path / "other.jsonl", [*answers[:1], *answers[2:]])
     with pytest.raises(DataError, match=r"its line 2 answers 'c', where .* asks 'b'"):
         answer(source, other, resume=True)
+    with pytest.raises(DataError, match=r"in\.jsonl has the requests themselves"):
+        answer(source, source, resume=True)
+    copy = write(tmp_path / "copy.jsonl", GOOD)
+    for foreign in (copy, write(tmp_path / "text.jsonl", ["not json"])):
+        with pytest.raises(DataError, match="no file of answers: its line 1 is none"):
+            answer(source, foreign, resume=True)
+    assert copy.read_text(encoding="utf-8") == source.read_text(encoding="utf-8")
     longer = write(tmp_path / "longer.jsonl", [*answers, answers[0]])
     with pytest.raises(DataError, match="another batch"):
         answer(source, longer, resume=True)

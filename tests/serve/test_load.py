@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from xgen.errors import RecipeError
 from xgen.serve.ask import Address, Lost, ask, parse_address
 from xgen.serve.errors import ServeError
 from xgen.serve.load import Outcome, Plan, Range, Wanted, cached_tokens_read, figures, percentiles, wanted
-from xgen.serve.observe import measure, resident_bytes
+from xgen.serve.observe import Metrics, Observer, measure, read_metrics, resident_bytes
 from xgen.serve.started import started
 
 SMALL = Plan(clients=3, requests=12, prompt=Range(1, 40), output=Range(2, 12), timeout=20)
@@ -282,6 +282,39 @@ def test_the_memory_of_a_process_is_told() -> None:
     with listening() as found:
         told = put_on(found, SMALL, pid=os.getpid())
         assert told["resident"]["peak_bytes"] >= told["resident"]["end_bytes"] > 10**7
+
+
+def test_a_server_too_busy_to_tell_of_itself_is_observed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    async def refused_at_times(address: Address) -> Metrics:
+        nonlocal looks
+        looks += 1
+        if looks % 3 == 2:
+            raise ServeError("/metrics answered 429")
+        return await read_metrics(address)
+
+    monkeypatch.setattr("xgen.serve.observe.EVERY_SECONDS", 0.001)
+    with listening() as found:
+        observer = Observer(parse_address(found.address))
+
+        async def watch() -> None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(observer.watch(), 0.5)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("xgen.serve.observe.read_metrics", refused_at_times)
+            asyncio.run(watch())
+    assert len(observer.metrics) > 4
+
+
+def test_an_observer_that_ends_early_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(_: Observer) -> None:
+        raise ValueError("no number")
+
+    monkeypatch.setattr(Observer, "watch", fail)
+    with listening() as found, pytest.raises(ValueError, match="no number"):
+        put_on(found, SMALL)
 
 
 def test_servers_that_are_not_ours_or_not_there() -> None:

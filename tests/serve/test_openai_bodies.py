@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from served import ADAPTER, END, WINDOW, template, tokenizer, translator
+from served import ADAPTER, END, VOCABULARY, WINDOW, template, tokenizer, translator
 
 from xgen.infer.request import Sampling
 from xgen.serve.bodies import REFUSED, parse_json
@@ -112,13 +112,13 @@ def test_the_ends_of_a_template_end_a_turn_and_are_no_stops_of_the_asker() -> No
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_parameters_that_make_no_sense_here_are_refused_by_name(name: str) -> None:
-    error = refused({"messages": MESSAGES, name: None}, "chat")
+    error = refused({"messages": MESSAGES, name: [{}]}, "chat")
     assert (error.status, error.param, error.code) == (400, name, "unsupported_parameter")
     assert name in str(error)
 
 
 def test_unknown_parameters_are_named_wherever_they_are_and_left_out_when_lenient() -> None:
-    body = {"messages": [{**MESSAGES[0], "weight": 1}], "tools": [], "wrong name": 2, "stream_options": None}
+    body = {"messages": [{**MESSAGES[0], "weight": 1}], "tools": [{}], "wrong name": 2, "stream_options": None}
     found = set()
     while isinstance(body, dict) and len(found) < 3:
         error = refused(body, "chat")
@@ -126,9 +126,39 @@ def test_unknown_parameters_are_named_wherever_they_are_and_left_out_when_lenien
         body = json.loads(json.dumps(body))
         del (body["messages"][0] if error.param.startswith("messages") else body)[error.param.split(".")[-1]]
     assert found == {"messages.0.weight", "tools", "wrong name"}
-    lenient = translator(lenient=True).chat({"messages": [{**MESSAGES[0], "weight": 1}], "tools": [], "wrong name": 2})
-    assert lenient.requests[0].ids == translator().chat({"messages": MESSAGES}).requests[0].ids
+    parts = [{"type": "text", "text": "the fox", "cache_control": {}}]
+    unknown = {"tools": [{}], "wrong name": 2, "stream": True, "stream_options": {"include_obfuscation": True, "x": 1}}
+    for content in ("the fox", parts):
+        messages = [{**MESSAGES[0], "content": content, "weight": 1}]
+        lenient = translator(lenient=True).chat({"messages": messages, **unknown})
+        assert lenient.requests[0].ids == translator().chat({"messages": MESSAGES}).requests[0].ids
     assert refused({"messages": MESSAGES, "tools": [], "n": 0}, "chat", lenient=True).param == "n"
+
+
+def test_lenient_leaves_out_any_number_of_unknown_fields() -> None:
+    # Far more than errors are told of, and than functions may call each other.
+    messages = [{"role": "user", "content": "a", "name": "x"}] * 3000
+    body = {"messages": messages, "max_tokens": 1, **{f"x{number}": 1 for number in range(3000)}}
+    plain = {"messages": [{"role": "user", "content": "a"}] * 3000, "max_tokens": 1}
+    lenient = translator(lenient=True, window=10**6).chat(body)
+    assert lenient.requests[0].ids == translator(window=10**6).chat(plain).requests[0].ids
+
+
+def test_what_says_nothing_in_openais_types_says_nothing_here() -> None:
+    said = translator().chat({"messages": [*MESSAGES, {"role": "assistant", "content": ""}, *MESSAGES]})
+    null = [*MESSAGES, {"role": "assistant", "content": None}, *MESSAGES]
+    empty = {"tools": [], "stop": "", "stream": True, "stream_options": {"include_obfuscation": False}}
+    for body in ({"messages": null}, {"messages": null, **empty}, {"messages": null, "tools": None}):
+        (request,) = translator().chat(body).requests
+        assert (request.ids, request.stop) == (said.requests[0].ids, ())
+    assert translator().completion({"prompt": "a", "stop": ""}).requests[0].stop == ()
+    for role in ("user", "system", "developer"):
+        error = refused({"messages": [{"role": role, "content": None}]}, "chat")
+        assert (error.param, error.code) == ("messages.0.content", "invalid_value")
+    for lacking in ({"role": "assistant"}, {"role": "no one", "content": None}):
+        assert refused({"messages": [lacking]}, "chat").param in ("messages.0.content", "messages.0.role")
+    padded = refused({"messages": MESSAGES, "stream": True, "stream_options": {"include_obfuscation": True}}, "chat")
+    assert (padded.param, padded.code) == ("stream_options.include_obfuscation", "unsupported_parameter")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +181,8 @@ def test_unknown_parameters_are_named_wherever_they_are_and_left_out_when_lenien
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"stop": ["x"] * 17}, "stop"),
-        ({"stop": ""}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": "x" * 1001}, "stop"),
         ({"stop": 5}, "stop"),
         ({"stop_token_ids": [10**6]}, "stop_token_ids"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
@@ -185,9 +216,34 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_counts() -> None:
     assert error.numbers == {"prompt_tokens": 200, "max_tokens": 100, "context_length": WINDOW}
     assert "200" in str(error)
     assert "100" in str(error)
+    # Who gave no max_tokens is told of none.
+    for size in (WINDOW, WINDOW + 44):
+        error = refused({"prompt": [5] * size})
+        assert error.body()["error"]["code"] == "context_length_exceeded"
+        assert error.numbers == {"prompt_tokens": size, "context_length": WINDOW}
+        assert "max_tokens" not in str(error)
+    error = refused({"messages": [{"role": "user", "content": "z" * 300}]}, "chat")
+    assert (error.param, error.numbers["context_length"]) == ("messages", WINDOW)
+    assert "max_tokens" not in error.numbers
+    assert "max_tokens" not in str(error)
     # What fits is never cut: the default takes what room there is.
     (request,) = translator().completion({"prompt": [5] * 250}).requests
     assert (len(request.ids), request.max_tokens) == (250, 6)
+
+
+def test_too_many_prompts_are_refused_before_any_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(tokenizer()), "encode_batch", lambda *_: pytest.fail("a prompt was encoded"))
+    for prompt in (["a"] * 129, [""] * 129, [[5]] * 129):
+        assert refused({"prompt": prompt}).code == "too_many_choices"
+    assert refused({"prompt": ["a"] * 65, "n": 2}).code == "too_many_choices"
+
+
+def test_ids_that_are_no_tokens_have_no_text() -> None:
+    assert translator().detokenize({"tokens": [65, 66]}) == {"content": "ab"}
+    assert translator().detokenize({"tokens": [VOCABULARY - 1]})["content"]
+    error = refused({"tokens": [5, VOCABULARY]}, "detokenize")
+    assert (error.status, error.param, error.code) == (400, "tokens", "invalid_value")
+    assert f"{VOCABULARY}, which is no token; ids are 0 to {VOCABULARY - 1}" in str(error)
 
 
 def test_a_model_without_a_template_has_no_chat() -> None:

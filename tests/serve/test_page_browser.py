@@ -251,6 +251,33 @@ def test_an_export_holds_the_conversation_and_comes_back_as_it_was(reader):
     assert again == file
 
 
+@pytest.mark.parametrize("name", ["first", "", "__proto__", "constructor"])
+def test_the_ids_of_a_file_may_be_any_text(reader, name):
+    """Four messages, two of them first ones and two replies to the one called `name`; the earlier ones are chosen."""
+    messages = [
+        {"id": made, "parent": parent, "role": role, "content": content, "ended": "stop"}
+        for made, parent, role, content in (
+            (name, None, "user", "this"),
+            ("other", None, "user", "that"),
+            ("one", name, "assistant", "reply"),
+            ("two", name, "assistant", "another"),
+        )
+    ]
+    chosen = {"first": name} | ({} if name == "first" else {name: "one"})
+    conversation = {"title": "", "system": "", "messages": messages, "chosen": chosen}
+    shown = reader.open().module(
+        """const {imported, path, choose} = await load('store.js');
+        const conversation = imported(given[0]), shown = () => path(conversation).map(one => one.content);
+        const before = shown();
+        for (const content of ["reply", "this"])
+          choose(conversation, conversation.messages.find(one => one.content === content));
+        return [before, shown()];""",
+        json.dumps({"format": "xgen-conversation", "conversation": conversation}),
+    )
+    # Where the file's own choices could mean either, the latest of the replies is shown.
+    assert shown == [["this", "another" if name == "first" else "reply"], ["this", "reply"]]
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

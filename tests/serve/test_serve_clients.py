@@ -122,8 +122,8 @@ def test_errors_are_those_that_the_client_knows(found: Running, client: openai.O
         client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=1000)
     assert bad.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(model=NAME, messages=MESSAGES, tools=[])
-    assert bad.value.param == "tools"
+        client.chat.completions.create(model=NAME, messages=MESSAGES, tool_choice="auto")
+    assert bad.value.param == "tool_choice"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="x")
     with (

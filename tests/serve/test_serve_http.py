@@ -143,11 +143,20 @@ def test_with_a_key_only_the_page_and_health_are_open() -> None:
             for path in ("/props", "/metrics", "/v1/models", "/nothing"):
                 response = client.get(path, headers=given)
                 check_error(response, 401, "invalid_api_key")
+                missing = response.json()["error"]["message"].startswith("this server needs its API key")
+                assert missing == ("wrong" not in str(given)), "a wrong key is not a missing one"
                 assert response.headers["www-authenticate"] == "Bearer"
             check_error(client.post("/v1/completions", json=BODY, headers=given), 401, "invalid_api_key")
         good = {"authorization": "bearer sesame"}
         assert client.post("/v1/completions", json=BODY, headers=good).status_code == 200
         assert client.get("/openapi.json").json()["security"] == [{"key": []}]
+
+
+def test_a_key_may_be_of_any_alphabet() -> None:
+    # The last byte of this one in UTF-8 is a space in Latin-1.
+    with asked(options=Options(api_key="voilà")) as (client, _):
+        assert client.get("/props", headers={b"authorization": "Bearer voilà".encode()}).status_code == 200
+        assert client.get("/props", headers={"authorization": "Bearer voil"}).status_code == 401
 
 
 def test_pages_of_other_sites_are_let_in_by_name_only() -> None:

@@ -182,6 +182,13 @@ def test_system_and_clear() -> None:
         ("/load", "name a file"),
         ("/load none.json", "cannot read none.json"),
         ("/save /no/such/folder/x", "cannot write"),
+        ("/save " + "x" * 300, "cannot write"),
+        ("/save ~nobody-of-this-name/x", "names no file"),
+        ("/load ~nobody-of-this-name/x", "names no file"),
+        ("/save a\0b", "holds a zero byte"),
+        ("/load a\0b", "holds a zero byte"),
+        ("/save \ud800", "names no file"),
+        ("/set stop=" + "[" * 100_000, "nested too deeply"),
         ("/nothing", "there is no /nothing"),
     ],
 )
@@ -213,6 +220,15 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
         found.take("and", f"/save {path}")
         path.write_text('[{"role": "user", "content": [{"type": "image_url"}]}]')
         assert "image_url" in found.take(f"/load {path}")
+
+
+def test_a_conversation_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    with screen("one") as found:
+        found.take(f"/save {path}")
+        before = path.read_text()
+        assert "holds '\\ud800', half a character" in found.take("/system a\ud800", f"/save {path}")
+        assert path.read_text() == before
 
 
 def test_lines() -> None:

@@ -207,6 +207,9 @@ class TestHostileTemplates:
             "{{ 'a' * 1000000000 }}",
             "{{ [0] * 1000000000 }}",
             "{{ 10 ** 10 ** 10 }}",
+            "{% set x = 10 %}" + "{% set x = x * x %}" * 40,
+            "{% set x = -10 %}" + "{% set x = x * x * -1 %}" * 40,
+            "{% set n = namespace(x=10) %}" + "{% set n.x = n.x ** 2 * n.x ** 2 %}" * 40,
             "{{ 1 // 0 }}",
             "{{ messages[0].content.nothing.more }}",
             "{{ range(10 ** 7) | list }}",
@@ -225,6 +228,8 @@ class TestHostileTemplates:
         [
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "{% set x = range(9999) | list %}" + "{% set y = x | sort %}" * 100,
+            "{% set x = range(9999) | list %}" + "{% set y %}{{ (x | sort)[0] }}{% endset %}" * 100,
         ],
     )
     def test_it_is_stopped_when_it_does_not_end(self, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +238,20 @@ class TestHostileTemplates:
         with pytest.raises(DataError, match=r"longer than 0\.2 seconds"):
             self.render(source)
         assert time.monotonic() - begin < 10
+
+    @pytest.mark.parametrize(
+        "source",
+        ["{% set xgen_tick = dict %}", "{% macro xgen_tick() %}{% endmacro %}", "{% set \uff58gen_tick = dict %}"],
+    )
+    def test_what_stops_it_cannot_be_replaced(self, source: str) -> None:
+        with pytest.raises(DataError, match="uses the name xgen_tick"):
+            self.render(source)
+
+    def test_small_products_are_as_ever(self) -> None:
+        assert (
+            self.render("{{ 3 * -4 }} {{ 2 ** 8 }} {{ '-' * 3 }} {{ 1.5 * 2 }} {{ [1] * 2 }}")
+            == "-12 256 --- 3.0 [1, 1]"
+        )
 
     def test_it_is_stopped_when_it_writes_too_much(self) -> None:
         with pytest.raises(DataError, match=f"more than {LONGEST + 24} characters for 3"):

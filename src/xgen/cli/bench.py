@@ -1,22 +1,25 @@
-"""`xgen bench`: how fast a model generates, and how a server bears a load."""
+"""`xgen bench`: how fast a model trains and generates, and how a server bears a load."""
 
 from __future__ import annotations
 
 import json as json_text
 import sys
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xgen.cli.generation import Precision
 from xgen.cli.output import check_target, write_json
-from xgen.cli.serve import Precision
-from xgen.errors import RecipeError
+from xgen.errors import RecipeError, XgenError
 from xgen.recipe.units import parse_length
 
 if TYPE_CHECKING:
     from xgen.serve.load import Plan, Range
 
-bench = typer.Typer(help="Measure generation, in the engine alone or through a server.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure training, and generation in the engine alone or through a server.", no_args_is_help=True
+)
 
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help='Write the result to FILE, "-" prints it.')]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and the result as JSON.")]
@@ -68,6 +71,92 @@ def generate(
     _write(found, json)
     if not quiet and json != "-":
         _show_cases(found)
+
+
+class Remat(StrEnum):
+    NONE = "none"
+    DOTS = "dots"
+    BLOCK = "block"
+
+
+class Attention(StrEnum):
+    AUTO = "auto"
+    REFERENCE = "reference"
+    BLOCKWISE = "blockwise"
+    SPLASH = "splash"
+
+
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SHAPE",
+        help="One more to be timed: a recipe, or its sizes as 'd512 L8 h8 ff1376 V8192' (hidden size, layers, heads, "
+        "feed-forward, vocabulary), all else as xgen-125m's; repeatable.",
+    ),
+]
+Lengths = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TOKENS", help="Of sequences, as 512,2K,8K; repeatable. Left out: those of the stages."),
+]
+Batch = Annotated[
+    int | None, typer.Option(metavar="N", help="Sequences a step. Left out: 8,192 tokens, one sequence at least.")
+]
+
+
+@bench.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe, as for `xgen train`. Without it or --shape: xgen-125m.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to each, as optimizer.name=muon.")
+    ] = None,
+    shape: Shapes = None,
+    length: Lengths = None,
+    batch: Batch = None,
+    microbatch: Annotated[
+        int | None, typer.Option(metavar="N", help="Sequences of it at a time. Left out: all of them.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of which medians are told; one more warms up.")] = 5,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of activations and products. Left out: the recipe's, as the next two.")
+    ] = None,
+    remat: Annotated[Remat | None, typer.Option(help="What the backward pass computes again.")] = None,
+    attention: Annotated[Attention | None, typer.Option(help="How attention is computed.")] = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time the training step of RECIPE on one device: the trainer's own, with random weights and tokens.
+
+    Every case has a process of its own, compiles anew, and is set beside the fastest matrix product of this machine.
+    """
+    from rich.console import Console
+
+    from xgen.training.timing import USUAL_RECIPE, Choice, time_training
+
+    check_target(json)
+    words = [text for text in (recipe, *(overrides or ())) if text is not None]
+    named = [text for text in words[:1] if "=" not in text] + (shape or [])
+    choice = Choice(
+        batch,
+        microbatch,
+        None if precision is None else precision.value,
+        None if remat is None else remat.value,
+        None if attention is None else attention.value,
+    )
+    with Console(stderr=True, quiet=quiet).status("starting") as status:
+        found = time_training(
+            named or [USUAL_RECIPE],
+            [text for text in words if text not in named],
+            lengths=[parse_length(text) for text in _listed(length)] or None,
+            choice=choice,
+            steps=steps,
+            report=status.update,
+        )
+    _write(found, json)
+    if not quiet and json != "-":
+        _show_steps(found)
+    _require_all(found["cases"])
 
 
 Target = Annotated[
@@ -140,6 +229,7 @@ def serve(
     _write(found, json)
     if json != "-":
         _write(found, "-")
+    _require_ended(plan, found["requests"])
 
 
 def _load(
@@ -191,6 +281,60 @@ def _show_cases(found: dict[str, Any]) -> None:
     )
 
 
+def _show_steps(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("shape", "length", "batch", "tok/s", "step s", "lowest, highest", "compile s", "peak GiB", "of peak")
+    for case in found["cases"]:
+        asked = case["shape"], f"{case['length']:,}", str(case["batch"])
+        if case["error"] is not None:
+            table.add_row(*asked, "failed")
+            continue
+        low, high = case["spread"]
+        table.add_row(
+            *asked,
+            f"{case['tokens_per_second']:,.0f}",
+            f"{case['seconds_per_step']:.3f}",
+            f"{low:.3f}, {high:.3f}",
+            f"{case['compile_seconds']:.1f}",
+            f"{case['peak_memory_bytes'] / 2**30:.2f}",
+            f"{case['utilisation']:.0%}",
+        )
+    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    console.print(table)
+    products = " and ".join(f"{flops / 1e9:,.0f} in {name}" for name, flops in found["matmul_peaks"].items())
+    published = found["published_peak_flops"]
+    console.print(
+        f"peak: the fastest matrix product on {found['device']} in a case's precision; GFLOP/s: {products}"
+        + (f"; published: {published / 1e9:,.0f}" if published is not None else ""),
+        f"FLOPs counted: {found['ruler']}",
+        sep="\n",
+        soft_wrap=True,
+    )
+
+
+def _require_all(cases: list[dict[str, Any]]) -> None:
+    failed = [case for case in cases if case["error"] is not None]
+    if failed:
+        told = [f"{case['shape']} at {case['length']} tokens: {case['error']}" for case in failed]
+        joint = " " if len(told) == 1 else "\n  "
+        raise XgenError(joint.join([f"{len(failed)} of {len(cases)} cases failed:", *told]))
+
+
+def _require_ended(plan: Plan, counts: dict[str, Any]) -> None:
+    """Raise XgenError where no request came to its end, so that there are no figures; hung up on is an end as well."""
+    if counts["finished"] or counts["hung_up"]:
+        return
+    if not counts["sent"]:
+        raise XgenError(f"no request was due within {plan.seconds:g} s; give more --seconds, or a higher --rate")
+    ends = {"unfinished": counts["unfinished"], **counts["errors"]}
+    told = ", ".join(f"{number} {end}" for end, number in ends.items() if number)
+    less = "fewer --clients" if plan.rate is None else "a lower --rate"
+    remedy = f"give more --seconds, or {less}" if counts["unfinished"] else "the server's log says why"
+    raise XgenError(f"none of the {counts['sent']} requests finished ({told}), so nothing was measured; {remedy}")
+
+
 def _show_load(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -200,7 +344,8 @@ def _show_load(found: dict[str, Any]) -> None:
         if (values := found[f"{name}_seconds"]) is not None:
             table.add_row(title, *(f"{values[one]:.4f}" for one in ("mean", "p50", "p95", "p99")))
     console = Console(highlight=False)
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     counts = found["requests"]
     errors = "".join(f", {number} {end}" for end, number in counts["errors"].items())
     console.print(

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xgen.cli.generation import (
+    Adapters,
+    Int8Cache,
+    Int8Weights,
     MinP,
+    Model,
+    Precision,
     Quiet,
     Seed,
     Stop,
@@ -19,11 +24,13 @@ from xgen.cli.generation import (
     Template,
     TopK,
     TopP,
+    Type,
+    Window,
     given,
+    one_adapter,
     running,
     write,
 )
-from xgen.cli.serve import Adapters, Int8Cache, Int8Weights, Model, Precision, Type, Window
 from xgen.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -61,10 +68,8 @@ def chat(
     # A shell ignores it for what it starts in the background, and so would Python.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     adapters = adapters_of(adapter or [])
-    if len(adapters) > 1:
-        raise RecipeError(f"one of the adapters {', '.join(adapters)} can answer; leave out the others")
     options = given(
-        model=next(iter(adapters), None),
+        model=one_adapter(adapters),
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -117,7 +122,7 @@ def _talk(loader: Loader, conversation: Conversation, quiet: bool) -> None:
 
 
 def _lines(terminal: Terminal) -> Iterator[str]:
-    """What is typed, or piped in, until it ends."""
+    """What is typed, or piped in, until it ends; of what is no text it is said, and the next line counts."""
     typed = sys.stdin.isatty()
     if typed:
         import readline  # noqa: F401 - lets input() edit a line, and call back those before
@@ -125,11 +130,14 @@ def _lines(terminal: Terminal) -> Iterator[str]:
         try:
             if typed:
                 yield input("... " if terminal.unfinished else "> ")
-            elif line := sys.stdin.readline():
-                yield line.rstrip("\r\n")
+            elif line := sys.stdin.buffer.readline():
+                yield line.decode("utf-8").rstrip("\r\n")
             else:
                 return
         except EOFError:
             return
+        except UnicodeDecodeError as cause:
+            found = f"byte {cause.start} is {cause.object[cause.start]:#04x}"
+            typer.echo(f"error: the line is not {cause.encoding.upper()}: {found}; it is left out", err=True)
         except KeyboardInterrupt:
             typer.echo("\n/quit or Ctrl+D leaves", err=True)

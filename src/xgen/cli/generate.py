@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from xgen.cli.generation import (
+    Adapters,
+    Int8Cache,
+    Int8Weights,
     MinP,
+    Model,
+    Precision,
     Quiet,
     Seed,
+    Slots,
     Stop,
     System,
     Temperature,
     Template,
     TopK,
     TopP,
+    Type,
+    Window,
     given,
+    one_adapter,
     running,
     write,
 )
 from xgen.cli.output import check_target, write_json
-from xgen.cli.serve import Adapters, Int8Cache, Int8Weights, Model, Precision, Slots, Type, Window
 from xgen.errors import DataError, RecipeError, StoppedBySignal
 
 if TYPE_CHECKING:
     from xgen.infer.engine import Engine
-    from xgen.serve.openai import Asked
+    from xgen.serve.openai import Asked, RequestError
     from xgen.serve.start import Loader
 
 _BATCH = "Many prompts"
@@ -55,7 +64,10 @@ Chat = Annotated[
         "template.",
     ),
 ]
-MaxTokens = Annotated[int | None, typer.Option(help=f"Most tokens of the text; {DEFAULT_TOKENS} if left out.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(help=f"Most tokens of the text; left out: what the context still holds, at most {DEFAULT_TOKENS}."),
+]
 Json = Annotated[str | None, typer.Option(help='Write the answer as JSON to this file; "-" prints it.')]
 
 
@@ -114,9 +126,10 @@ def generate(
         assert out is not None
         _answer_batch(Loader(wanted), batch, out, resume, slots, quiet)
         return
-    _check_single(prompt, file, out, resume, list(adapters))
+    _check_single(prompt, file, out, resume)
+    options |= given(model=one_adapter(adapters))
     loader = Loader(wanted)
-    asked = _asked(loader, prompt, file, chat, system, {**options, **given(model=next(iter(adapters), None))})
+    asked = _asked(loader, prompt, file, chat, system, options)
     _answer_once(loader, asked, json, quiet)
 
 
@@ -125,7 +138,10 @@ def _answer_once(loader: Loader, asked: Asked, json: str | None, quiet: bool) ->
         answer = _stream(engine, asked, shown=json != "-")
     write_json(answer, json)
     if answer["choices"][0]["finish_reason"] == "length" and not quiet:
-        typer.echo(f"(it ends after {answer['usage']['completion_tokens']} tokens; --max-tokens allows more)", err=True)
+        used = answer["usage"]
+        full = used["total_tokens"] == loader.translator.window
+        why = ": the context is full" if full else "; --max-tokens allows more"
+        typer.echo(f"(it ends after {used['completion_tokens']} tokens{why})", err=True)
 
 
 def _check_words(chat: bool | None, system: str | None, template: str | None) -> None:
@@ -141,13 +157,11 @@ def _check_batch(out: Path | None, others: list[str]) -> None:
         raise RecipeError(f"with --batch the lines of the file say everything: leave out {named}")
 
 
-def _check_single(prompt: str | None, file: Path | None, out: Path | None, resume: bool, adapters: list[str]) -> None:
+def _check_single(prompt: str | None, file: Path | None, out: Path | None, resume: bool) -> None:
     if out is not None or resume:
         raise RecipeError(f"--{'out' if out else 'resume'} belongs to --batch; leave it out, or name the requests")
     if prompt is not None and file is not None:
         raise RecipeError("--prompt and --file are two prompts; give one of them")
-    if len(adapters) > 1:
-        raise RecipeError(f"one of the adapters {', '.join(adapters)} can answer; leave out the others")
 
 
 def _asked(
@@ -159,18 +173,49 @@ def _asked(
     options: dict[str, Any],
 ) -> Asked:
     """The request, checked as the server checks it."""
+    from xgen.serve.openai import RequestError
+
     translator = loader.translator
     chat = translator.template is not None if chat is None else chat
     if not chat and system is not None:
         raise RecipeError(
             f"{translator.name} has no chat template that --system could go into; give one with --template"
         )
+    if chat and translator.template is None:
+        raise RecipeError(
+            f"{translator.name} has no chat template, so it knows no roles; give one with --template, or let it go on "
+            "with the text: give --raw, or leave --chat out"
+        )
     text = prompt if prompt is not None else _read(file)
-    body = {"max_tokens": DEFAULT_TOKENS, **options}
-    if not chat:
-        return translator.completion({"prompt": text, **body})
     told = [] if system is None else [{"role": "system", "content": system}]
-    return translator.chat({"messages": [*told, {"role": "user", "content": text}], **body})
+    try:
+        if chat:
+            asked = translator.chat({"messages": [*told, {"role": "user", "content": text}], **options})
+        else:
+            asked = translator.completion({"prompt": text, **options})
+    except RequestError as error:
+        if error.code != "context_length_exceeded":
+            raise
+        raise _too_long(error) from error
+    if "max_tokens" in options:
+        return asked
+    (request,) = asked.requests
+    most = min(translator.window - len(request.ids), DEFAULT_TOKENS)
+    return replace(asked, requests=(replace(request, max_tokens=most),))
+
+
+def _too_long(error: RequestError) -> RecipeError:
+    """`error` in the words of the command line."""
+    prompt, context = error.numbers["prompt_tokens"], error.numbers["context_length"]
+    if prompt >= context:
+        return RecipeError(
+            f"the prompt has {prompt} tokens, and the context holds {context} with the answer; shorten the prompt"
+        )
+    wanted = error.numbers["max_tokens"]
+    return RecipeError(
+        f"the prompt has {prompt} tokens and --max-tokens is {wanted}, together {prompt + wanted}, but the context "
+        f"holds {context}; give --max-tokens {context - prompt} or less"
+    )
 
 
 def _read(file: Path | None) -> str:
@@ -202,11 +247,11 @@ def _stream(engine: Engine, asked: Asked, shown: bool) -> dict[str, Any]:
 
 def _answer_batch(loader: Loader, source: Path, target: Path, resume: bool, slots: int, quiet: bool) -> None:
     from xgen.cli.progress import Progress
-    from xgen.serve.batch import Batch, count_lines
+    from xgen.serve.batch import Batch, answers_in, check_target, count_lines
 
     total = count_lines(source)
-    if target.exists() and not resume:
-        raise DataError(f"{target} is there already; go on with it with --resume, or name another file")
+    check_target(source, target, resume=resume)
+    answers_in(source, target)  # before the model is loaded, which takes longer
     with (
         running(loader, quiet) as engine,
         Progress(0, quiet=quiet) as display,

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from xgen.errors import RecipeError
 
 if TYPE_CHECKING:
     from xgen.infer.engine import Engine
     from xgen.serve.start import Loader
 
+MEMORY = "Memory and speed"
+"""The panel of the help for options of the model's layout."""
+
+
+class Precision(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run folder, a converted or Hugging Face folder, or a GGUF file.")
+]
+Adapters = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=DIR", help="A LoRA adapter, asked for by NAME. May be repeated.")
+]
+Slots = Annotated[int, typer.Option(min=1, rich_help_panel=MEMORY, help="Requests generated at once.")]
+Window = Annotated[
+    int | None,
+    typer.Option(min=1, rich_help_panel=MEMORY, help="Most tokens of prompt and answer; the model's if left out."),
+]
+Int8Weights = Annotated[bool, typer.Option("--int8-weights", rich_help_panel=MEMORY, help="8-bit weights.")]
+Int8Cache = Annotated[bool, typer.Option("--int8-cache", rich_help_panel=MEMORY, help="8-bit key-value cache.")]
+Type = Annotated[
+    Precision, typer.Option(rich_help_panel=MEMORY, help="Type of activations and of weights in products.")
+]
 Template = Annotated[
     str | None,
     typer.Option(
@@ -34,6 +62,13 @@ System = Annotated[str | None, typer.Option(help="What the model is told before 
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given, by the name that the interface calls them."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def one_adapter(adapters: Collection[str]) -> str | None:
+    """Which of the `adapters` that were given answers; None for the model itself. Raises RecipeError for several."""
+    if len(adapters) > 1:
+        raise RecipeError(f"one of the adapters {', '.join(adapters)} can answer; leave out the others")
+    return next(iter(adapters), None)
 
 
 @contextmanager

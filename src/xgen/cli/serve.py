@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import re
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xgen.cli.generation import Template
+from xgen.cli.generation import (
+    MEMORY,
+    Adapters,
+    Int8Cache,
+    Int8Weights,
+    Model,
+    Precision,
+    Slots,
+    Template,
+    Type,
+    Window,
+)
 from xgen.errors import RecipeError
 from xgen.serve.errors import check_installed
 
@@ -16,24 +26,12 @@ if TYPE_CHECKING:
     from xgen.serve.options import Options
     from xgen.serve.start import Wanted
 
-_MEMORY = "Memory and speed"
 _ACCESS = "Who may ask"
 
 
-class Precision(StrEnum):
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A run folder, a converted or Hugging Face folder, or a GGUF file.")
-]
 Host = Annotated[str, typer.Option(help="Address to listen on; the default is reached from here only.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0 takes any free port.")]
 Name = Annotated[str | None, typer.Option(help="What clients call the model; its own name if left out.")]
-Adapters = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=DIR", help="A LoRA adapter, asked for by NAME. May be repeated.")
-]
 Key = Annotated[
     str | None,
     typer.Option(envvar="XGEN_API_KEY", rich_help_panel=_ACCESS, help="What clients must show as bearer token."),
@@ -47,19 +45,9 @@ Origins = Annotated[
     ),
 ]
 MaxBody = Annotated[str, typer.Option(rich_help_panel=_ACCESS, help="Largest request, as 500KB or 4MB.")]
-Slots = Annotated[int, typer.Option(min=1, rich_help_panel=_MEMORY, help="Requests generated at once.")]
-Window = Annotated[
-    int | None,
-    typer.Option(min=1, rich_help_panel=_MEMORY, help="Most tokens of prompt and answer; the model's if left out."),
-]
-Page = Annotated[int, typer.Option(min=1, rich_help_panel=_MEMORY, help="Tokens of a page of the cache.")]
-Chunk = Annotated[int, typer.Option(min=1, rich_help_panel=_MEMORY, help="Tokens of a prompt read at once.")]
-Memory = Annotated[str | None, typer.Option(rich_help_panel=_MEMORY, help="Size of the key-value cache, as 4GB.")]
-Int8Weights = Annotated[bool, typer.Option("--int8-weights", rich_help_panel=_MEMORY, help="8-bit weights.")]
-Int8Cache = Annotated[bool, typer.Option("--int8-cache", rich_help_panel=_MEMORY, help="8-bit key-value cache.")]
-Type = Annotated[
-    Precision, typer.Option(rich_help_panel=_MEMORY, help="Type of activations and of weights in products.")
-]
+Page = Annotated[int, typer.Option(min=1, rich_help_panel=MEMORY, help="Tokens of a page of the cache.")]
+Chunk = Annotated[int, typer.Option(min=1, rich_help_panel=MEMORY, help="Tokens of a prompt read at once.")]
+Memory = Annotated[str | None, typer.Option(rich_help_panel=MEMORY, help="Size of the key-value cache, as 4GB.")]
 Queue = Annotated[int, typer.Option(min=0, help="Requests that may wait; one more is told to come later.")]
 Lenient = Annotated[bool, typer.Option("--lenient", help="Ignore unknown parameters instead of refusing them.")]
 LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Log prompts and answers, which else are in no log.")]
@@ -145,6 +133,11 @@ def _serve(wanted: Wanted, options: Options, port: int) -> None:
 def _key(given: str | None) -> str | None:
     if given == "":
         raise RecipeError("--api-key is empty; give a key, or leave it out")
+    if given is not None and (given != given.strip() or re.search("[\x00-\x1f\x7f\ud800-\udfff]", given)):
+        raise RecipeError(
+            "--api-key (or XGEN_API_KEY) begins or ends with a space or a line break, or has a character that no "
+            "header can hold, so no client could show it; leave that out"
+        )
     return given
 
 

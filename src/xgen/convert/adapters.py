@@ -62,6 +62,13 @@ class _Part:
     up: str
 
 
+def require_adapter(folder: Path) -> None:
+    """Raise CheckpointError unless there is a folder that an adapter could be in. Reads nothing."""
+    if not folder.is_dir():
+        found = "the adapter {} is no folder" if folder.exists() else "there is no adapter folder {}"
+        raise CheckpointError(f"{found.format(folder)}; give the folder that PEFT saved {CONFIG} and {TENSORS} in")
+
+
 def merge_adapter(folder: Path, weights: Weights, spec: Spec) -> Weights:
     """`weights`, float32, with the adapter in `folder` added; leaves that it does not touch are shared.
 

@@ -10,6 +10,12 @@ from xgen.errors import DataError, XgenError
 from xgen.infer.request import MOST_BIASES, MOST_STOPS, MOST_TOP_LOGPROBS, Request, Sampling
 from xgen.infer.sampling import MOST_BANNED
 
+LEAST_REPETITION = 0.01
+"""Of repetition_penalty. The logits are divided by it, and have to stay numbers."""
+
+LARGEST_CHANGE = 1e6
+"""Of penalties and biases: far more than decides any draw, and float32 holds its products with counts and logits."""
+
 
 class BadRequest(DataError):  # noqa: N818 - it says what is the matter
     """A request that no engine could answer. `parameter` is the field of Request or Sampling that is wrong."""
@@ -82,21 +88,20 @@ def _check_sampling(sampling: Sampling, real_vocab: int) -> None:
         "top_p": (0.0, 1.0),
         "top_k": (0.0, math.inf),
         "min_p": (0.0, 1.0),
-        "presence_penalty": (-math.inf, math.inf),
-        "frequency_penalty": (-math.inf, math.inf),
-        "repetition_penalty": (0.0, math.inf),
+        "presence_penalty": (-LARGEST_CHANGE, LARGEST_CHANGE),
+        "frequency_penalty": (-LARGEST_CHANGE, LARGEST_CHANGE),
+        "repetition_penalty": (LEAST_REPETITION, LARGEST_CHANGE),
     }
-    positive = ("top_p", "repetition_penalty")
     for name, (least, most) in ranges.items():
         value = getattr(sampling, name)
-        if not (math.isfinite(value) and least <= value <= most) or (name in positive and value == 0):
-            above = "more than 0" if name in positive else f"at least {least:g}"
+        if not (math.isfinite(value) and least <= value <= most) or (name == "top_p" and value == 0):
+            above = "more than 0" if name == "top_p" else f"at least {least:g}"
             below = "" if most == math.inf else f" and at most {most:g}"
-            wanted = "a finite number" if least == -math.inf else above + below
-            raise BadRequest(name, f"{name} is {value}; give {wanted}")
+            raise BadRequest(name, f"{name} is {value}; give {above}{below}")
     if len(sampling.logit_bias) > MOST_BIASES:
         raise BadRequest("logit_bias", f"logit_bias has {len(sampling.logit_bias)} tokens; give at most {MOST_BIASES}")
     _check_ids("logit_bias", [index for index, _ in sampling.logit_bias], real_vocab)
     for index, bias in sampling.logit_bias:
-        if not math.isfinite(bias):
-            raise BadRequest("logit_bias", f"logit_bias of token {index} is {bias}; give a finite number")
+        if not abs(bias) <= LARGEST_CHANGE:
+            remedy = f"give at least {-LARGEST_CHANGE:g} and at most {LARGEST_CHANGE:g}"
+            raise BadRequest("logit_bias", f"logit_bias of token {index} is {bias}; {remedy}")

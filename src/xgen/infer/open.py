@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from xgen.convert.adapters import merge_adapter
+from xgen.convert.adapters import merge_adapter, require_adapter
 from xgen.convert.description import Description
 from xgen.convert.open import open_model
 from xgen.convert.pieces import Source, assemble
@@ -63,6 +63,8 @@ def engine_of(
     use_compilation_cache()
     spec = replace(description.spec, compute=Compute(precision=precision))
     if adapters:
+        for folder in adapters.values():
+            require_adapter(Path(folder))
         own = assemble(source)
         weights = {"": own} | {name: merge_adapter(Path(folder), own, spec) for name, folder in adapters.items()}
         program = build(spec, weights, settings)

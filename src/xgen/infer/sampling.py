@@ -55,7 +55,7 @@ class Controls(NamedTuple):
 
 class Chosen(NamedTuple):
     """The drawn tokens of R rows; log-probabilities are of the logits as they came, in nats. `top_*` are zeros where
-    they were not asked for; they descend, equals by ascending id. Rows of NaN logits give NaN and some id."""
+    they were not asked for; they descend, equals by ascending id. Rows of NaN logits give NaN and some column."""
 
     ids: Int[Array, " R"]
     logprobs: Float[Array, " R"]
@@ -224,7 +224,8 @@ def _draw(
     block = _first(sums > (draws[:, 0] * sums[:, -1])[:, None])
     # A draw of its own within the block: with one for both, the rare tokens would meet the end of float32's precision.
     inner = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], 1)
-    return block * BLOCK + _first(inner > (draws[:, 1] * inner[:, -1])[:, None])
+    # Where the weights are no numbers, the last block's last column would be past the vocabulary.
+    return jnp.minimum(block * BLOCK + _first(inner > (draws[:, 1] * inner[:, -1])[:, None]), size - 1)
 
 
 def _uniforms(seed: Int[Array, ""], place: Int[Array, ""]) -> Float[Array, " 2"]:
@@ -352,9 +353,9 @@ def _number(order: Int[Array, " R"]) -> Float[Array, " R"]:
     return lax.bitcast_convert_type(jnp.where(order < 0, order ^ 0x7FFFFFFF, order), jnp.float32)
 
 
-def _blocks(values: Float[Array, "R V"], fill: float = 0.0) -> Float[Array, "R B L"]:
+def _blocks(values: Float[Array, "R V"]) -> Float[Array, "R B L"]:
     padding = -values.shape[1] % BLOCK
-    padded = jnp.pad(values, ((0, 0), (0, padding)), constant_values=fill) if padding else values
+    padded = jnp.pad(values, ((0, 0), (0, padding))) if padding else values
     return padded.reshape(len(values), -1, BLOCK)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from xgen.errors import RecipeError
+from xgen.errors import DataError, RecipeError, XgenError
 from xgen.infer.pages import Pages
 from xgen.infer.protocol import Choice, Program
 from xgen.infer.request import Emitted, Failed, Finished
@@ -20,6 +21,18 @@ operations for each byte they read, so 150 to 300 multiply-adds for each weight 
 many calls are also many waits."""
 
 Given = TypeVar("Given")
+
+
+class NotNumbers(XgenError):  # noqa: N818 - it says what is the matter
+    """The model's scores are not numbers, so that there is no token to draw."""
+
+    exit_code = 1
+
+    def __init__(self, place: int) -> None:
+        super().__init__(
+            f"the model's scores after {place} tokens are not numbers; its weights may be damaged, or too large for "
+            "the type they are computed in"
+        )
 
 
 class Scheduler:
@@ -38,7 +51,7 @@ class Scheduler:
         self.running: list[Task] = []
         self.waiting: deque[Task] = deque()
         self.failures: list[Exception] = []
-        """What program calls raised since the last one that did not raise."""
+        """What program calls raised since the last step of the model that did not; what they refuse does not count."""
         self._program = program
         self._clock = clock
         self._slots = list(range(program.slots))
@@ -107,7 +120,11 @@ class Scheduler:
                 self.meter.queue_seconds.add(self._clock() - task.arrived)
             try:
                 self._set_slot(task)
-            except Exception as cause:  # noqa: BLE001 - what a program refuses or a device raises is this request's
+            except DataError as refused:
+                self._fail(task, refused)
+            except Exception as cause:  # noqa: BLE001 - whatever a device raises is for those to know whom it was to serve
+                # Where an earlier call failed after its buffers were given away, no row can be set any more.
+                self.failures.append(cause)
                 self._fail(task, cause)
 
     def _set_slot(self, task: Task) -> None:
@@ -184,17 +201,25 @@ class Scheduler:
         result = self._try([task], lambda: self._program.score(task.request.adapter, part, targets))
         self.meter.prefill_seconds += self._clock() - begin
         self.meter.prefill_calls += 1
-        if result is not None:
-            task.keep_scores(result[0], end)
-            self._filled(task, end, result[1], 0, part.wanted)
+        if result is None:
+            return
+        scores, choice = result
+        scored = min(end, task.prompt - 1) - task.computed
+        for at in range(scored):
+            if not math.isfinite(scores.logprobs[at]):
+                self._fail(task, NotNumbers(task.computed + at + 1))
+                return
+        task.keep_scores(scores, end)
+        self._filled(task, end, choice, 0, part.wanted)
 
     def _filled(self, task: Task, end: int, choice: Choice, at: int, wanted: bool) -> None:
         """The tokens before `end` are in the cache; number `at` of `choice` is the token after them, if `wanted`."""
         self.meter.computed_tokens += end - task.computed
-        self._reach(task, end)
         if wanted:
-            self._accept(task, choice, at)
-        elif task.left == 0:
+            self._drawn(task, end, choice, at)
+            return
+        self._reach(task, end)
+        if task.left == 0:
             self._finish(task, task.finished("length"))
 
     # Output
@@ -215,8 +240,7 @@ class Scheduler:
         self.meter.decoded_rows += len(group)
         if choice is not None:
             for at, task in enumerate(group):
-                self._reach(task, len(task.ids))
-                self._accept(task, choice, at)
+                self._drawn(task, len(task.ids), choice, at)
 
     def _next_turn(self, ready: set[str]) -> str:
         """The first of `ready` after the adapter whose turn it was."""
@@ -224,13 +248,19 @@ class Scheduler:
         after = names.index(self._turn) + 1
         return next(name for name in names[after:] + names[:after] if name in ready)
 
-    def _accept(self, task: Task, choice: Choice, at: int) -> None:
+    def _drawn(self, task: Task, end: int, choice: Choice, at: int) -> None:
+        """The tokens before `end` are in the cache, and number `at` of `choice` is the one after them."""
+        if not math.isfinite(choice.logprobs[at]):
+            # Before the pages are named, or others would go on from them.
+            self._fail(task, NotNumbers(end))
+            return
+        self._reach(task, end)
         self.meter.output_tokens += 1
         if task.first_token is None:
             task.first_token = self._clock()
             self.meter.first_token_seconds.add(task.first_token - task.arrived)
-        if end := task.accept(choice, at):
-            self._finish(task, end)
+        if finished := task.accept(choice, at):
+            self._finish(task, finished)
 
     # Pages
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from xgen.convert.description import Description
@@ -135,14 +136,14 @@ class Whole:
 
     progress: Progress
     _texts: dict[int, list[str]] = field(default_factory=dict)
-    _logprobs: dict[int, Any] = field(default_factory=dict)
+    _logprobs: dict[int, list[Any]] = field(default_factory=dict)
 
     def take(self, at: int, event: Event) -> None:
         """Take in what the engine says of answer `at`. Raises RequestError where it failed."""
         piece = self.progress.take(at, event)
         if piece is not None:
             self._texts.setdefault(at, []).append(piece.text)
-            self._logprobs[at] = _joined(self._logprobs.get(at), piece.logprobs)
+            self._logprobs.setdefault(at, []).append(piece.logprobs)
 
     def body(self) -> Json:
         """The whole answer, once all have finished."""
@@ -159,7 +160,7 @@ class Whole:
         text = "".join(self._texts[at])
         chat = self.progress.asked.kind == "chat"
         said: Json = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
-        return {"index": at} | said | {"logprobs": self._logprobs[at]} | self.progress.ending(at)
+        return {"index": at} | said | {"logprobs": _joined(*self._logprobs[at])} | self.progress.ending(at)
 
 
 class Chunks:
@@ -215,8 +216,12 @@ def _tokens_in(logprobs: Any) -> bool:
     return logprobs is not None and bool(logprobs["content"] if "content" in logprobs else logprobs["tokens"])
 
 
-def _joined(first: Any, second: Any) -> Any:
+def _joined(*parts: Any) -> Any:
     """Log-probabilities of an answer's beginning and of what follows."""
-    if first is None or second is None:
-        return second if first is None else first
-    return {key: None if first[key] is None else first[key] + second[key] for key in first}
+    told = [part for part in parts if part is not None]
+    if len(told) < 2:
+        return told[0] if told else None
+    return {
+        key: None if first is None else list(chain.from_iterable(part[key] for part in told))
+        for key, first in told[0].items()
+    }

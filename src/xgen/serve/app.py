@@ -93,8 +93,8 @@ class Server:
                 method = answer(self._ready().translator)
                 data = await read_body(scope, receive, self.options)
                 # Long texts take their time to encode, and the others do not wait for it.
-                found = await asyncio.to_thread(lambda: method(parse_json(data)))
-                await json_response(found)(scope, receive, send)
+                response = await asyncio.to_thread(lambda: json_response(method(parse_json(data))))
+                await response(scope, receive, send)
 
             return Route(path, _Raw(endpoint), methods=["POST"])
 
@@ -157,7 +157,6 @@ class Server:
                     receive,
                     send,
                     ping_seconds=options.ping_seconds,
-                    send_seconds=options.send_seconds,
                     heard=said.append if options.log_prompts else _ignore,
                 )
                 fields |= {"answer": said} if options.log_prompts else {}
@@ -165,7 +164,8 @@ class Server:
             else:
                 found = await whole_answer(call, receive)
                 fields |= {"answer": found["choices"]} if options.log_prompts else {}
-                await json_response(found)(scope, receive, send)
+                response = await asyncio.to_thread(json_response, found)
+                await response(scope, receive, send)
         finally:
             self._calls.discard(call)
             fields |= {"finished": call.progress.finish_reasons} | call.progress.usage()

@@ -30,6 +30,7 @@ AHEAD = 4
 """Requests that are under way, for each slot: enough to keep all of them busy while the next lines are read."""
 
 KEYS = {"custom_id", "method", "url", "body"}
+ANSWER = {"custom_id", "response", "error"}
 
 Json = dict[str, Any]
 
@@ -69,9 +70,10 @@ class Batch:
         """`resume`: go on after the lines that `target` has already; else it must not be there. `report` is told how
         many lines have been answered.
 
-        Raises DataError when `source` cannot be read or `target` is of another batch, StorageError when `target`
-        cannot be written, Broken when the engine cannot go on.
+        Raises DataError when `source` cannot be read or `target` is of another batch or no file of answers,
+        StorageError when `target` cannot be written, Broken when the engine cannot go on.
         """
+        check_target(source, target, resume=resume)
         earlier = self._earlier(source, target) if resume else 0
         try:
             with target.open("a" if resume else "x", encoding="utf-8") as file:
@@ -84,8 +86,6 @@ class Batch:
                 while self._under_way:
                     answered += self._write(file)
                     report(answered)
-        except FileExistsError as cause:
-            raise DataError(f"{target} is there already; go on with it with --resume, or name another file") from cause
         except OSError as cause:
             raise StorageError.writing(target, cause) from cause
         finally:
@@ -95,26 +95,12 @@ class Batch:
 
     def _earlier(self, source: Path, target: Path) -> int:
         """How many lines `target` has answers to; half a line at its end is taken off."""
-        if not target.exists():
-            return 0
-        data = target.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        answers = whole.splitlines()
-        requests = _numbered(source)
-        for at, answer in enumerate(answers, 1):
-            _, asked = next(requests, (0, b""))
-            found, wanted = _custom_id(answer), _custom_id(asked)
-            if not asked or found != wanted:
-                raise DataError(
-                    f"{target} is of another batch: its line {at} answers {found!r}, where {source} asks {wanted!r}; "
-                    "name another file"
-                )
-            if wanted is not None:
-                self._ids.add(wanted)
-        if len(whole) < len(data):
+        names, size = answers_in(source, target)
+        self._ids.update(name for name in names if name is not None)
+        if target.exists() and size < target.stat().st_size:
             with target.open("r+b") as file:
-                file.truncate(len(whole))
-        return len(answers)
+                file.truncate(size)
+        return len(names)
 
     def _lines(self, source: Path, skipped: int) -> Iterator[_Line]:
         """The lines after the first `skipped`, submitted to the engine."""
@@ -214,6 +200,41 @@ def queue_for(slots: int) -> int:
     return AHEAD * slots + MOST_CHOICES
 
 
+def check_target(source: Path, target: Path, *, resume: bool) -> None:
+    """Raises DataError where the answers to `source` cannot go to `target`."""
+    if target.exists():
+        if source.exists() and target.samefile(source):
+            raise DataError(f"{target} has the requests themselves; name another file for their answers")
+        if not resume:
+            raise DataError(f"{target} is there already; go on with it with --resume, or name another file")
+
+
+def answers_in(source: Path, target: Path) -> tuple[list[str | None], int]:
+    """The custom_id of each answer that `target` has, and their bytes, which half a line may follow.
+
+    Raises DataError where `target` cannot be read, is no file of answers, or has those to other requests.
+    """
+    try:
+        data = target.read_bytes() if target.exists() else b""
+    except OSError as cause:
+        raise DataError(f"cannot read {target}: {cause.strerror or cause}") from cause
+    whole = data[: data.rfind(b"\n") + 1]
+    names = []
+    requests = _numbered(source)
+    for at, answer in enumerate(whole.splitlines(), 1):
+        _, asked = next(requests, (0, b""))
+        if not _fields(answer).keys() >= ANSWER:
+            raise DataError(f"{target} is no file of answers: its line {at} is none; name another file")
+        found, wanted = _custom_id(answer), _custom_id(asked)
+        if not asked or found != wanted:
+            raise DataError(
+                f"{target} is of another batch: its line {at} answers {found!r}, where {source} asks {wanted!r}; "
+                "name another file"
+            )
+        names.append(wanted)
+    return names, len(whole)
+
+
 def count_lines(source: Path) -> int:
     """How many requests `source` has. Raises DataError when it cannot be read."""
     return sum(1 for _ in _numbered(source))
@@ -232,12 +253,17 @@ def _numbered(source: Path) -> Iterator[tuple[int, bytes]]:
 
 def _custom_id(data: bytes) -> str | None:
     """That of a line of either file; None where it has none."""
+    found = _fields(data).get("custom_id")
+    return found if isinstance(found, str) else None
+
+
+def _fields(data: bytes) -> Json:
+    """Those of a line; none where it is no JSON object."""
     try:
         value = parse_json(data)
     except RequestError:
-        return None
-    found = value.get("custom_id") if isinstance(value, dict) else None
-    return found if isinstance(found, str) else None
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _answer(line: _Line, response: Json | None, error: Json | None) -> Json:

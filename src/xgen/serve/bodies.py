@@ -19,7 +19,7 @@ MOST_ERRORS = 1000
 
 UNIONS = {
     "prompt": "must be a text, a list of texts, a list of token ids, or a list of such lists; ids are whole numbers",
-    "stop": "must be a text or a list of at most 16 texts, of 1 to 1000 characters each",
+    "stop": "must be a text of at most 1000 characters, or a list of at most 16 texts of 1 to 1000 characters each",
 }
 """Fields of several types, where the library's own message would list what each type finds wrong."""
 
@@ -39,6 +39,7 @@ REFUSED = {
     "reasoning_effort": "the model has no reasoning mode",
     "verbosity": "say it in the prompt",
     "name": "the model's template has no place for names; put it into the content",
+    "include_obfuscation": "the chunks of a stream are never padded",
     "store": "nothing is stored",
     "metadata": "nothing is stored",
     "service_tier": "all requests are served alike",
@@ -69,17 +70,11 @@ def check(kind: type[Body], value: Any, *, lenient: bool = False) -> Body:
     if not isinstance(value, dict):
         raise RequestError(f"the body must be a JSON object, not {_json_name(value)}", code="invalid_type")
     try:
-        return kind.model_validate(value)
+        return kind.model_validate(value, extra="ignore" if lenient else None, context={"lenient": lenient})
     except ValidationError as cause:
         if cause.error_count() > MOST_ERRORS:
             raise RequestError(f"{cause.error_count()} things are wrong with the body", code="invalid_value") from cause
-        errors = cause.errors(include_url=False, include_context=False)
-        unknown = [error["loc"] for error in errors if error["type"] == "extra_forbidden"]
-        if lenient and unknown:
-            for place in unknown:
-                value = _without(value, place)
-            return check(kind, value, lenient=True)
-        raise _refusal(errors) from cause
+        raise _refusal(cause.errors(include_url=False, include_context=False)) from cause
 
 
 def _refusal(errors: list[ErrorDetails]) -> RequestError:
@@ -102,18 +97,6 @@ def _refusal(errors: list[ErrorDetails]) -> RequestError:
 def _is_type(part: int | str) -> bool:
     """Whether it is the name of a type, which stands in a path where a field has several."""
     return isinstance(part, str) and (part in ("str", "constrained-str") or part.startswith("list["))
-
-
-def _without(value: Any, place: tuple[int | str, ...]) -> Any:
-    """`value` without what stands at `place`, in which names of types may stand too."""
-    here, rest = place[0], place[1:]
-    if isinstance(value, dict) and here in value:
-        if not rest:
-            return {key: one for key, one in value.items() if key != here}
-        return {**value, here: _without(value[here], rest)}
-    if isinstance(value, list) and isinstance(here, int):
-        return [_without(one, rest) if at == here else one for at, one in enumerate(value)]
-    return _without(value, rest) if rest else value
 
 
 def quoted(value: Any) -> str:

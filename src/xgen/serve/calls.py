@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from starlette.types import Receive, Send
 
 from xgen.errors import XgenError
 from xgen.infer.engine import Engine
-from xgen.infer.request import Event, Job
+from xgen.infer.request import Event, Job, PromptScores
 from xgen.serve.answer import Chunks, Progress, Whole
 from xgen.serve.doors import Gone, json_bytes
 from xgen.serve.refusals import RequestError, refusal
@@ -66,9 +66,8 @@ async def whole_answer(call: Call, receive: Receive) -> dict[str, Any]:
     async def gather() -> dict[str, Any]:
         whole = Whole(call.progress)
         while not call.progress.done:
-            for at, event in await call.next():
-                whole.take(at, event)
-        return whole.body()
+            await _taken(whole.take, await call.next())
+        return await asyncio.to_thread(whole.body)
 
     try:
         return await unless_gone(gather(), receive)
@@ -77,17 +76,13 @@ async def whole_answer(call: Call, receive: Receive) -> dict[str, Any]:
 
 
 async def stream_answer(
-    call: Call, receive: Receive, send: Send, *, ping_seconds: float, send_seconds: float, heard: Callable[[str], None]
+    call: Call, receive: Receive, send: Send, *, ping_seconds: float, heard: Callable[[str], None]
 ) -> RequestError | None:
     """Send the answer as server-sent events, to `[DONE]` or to the error that is given back; `heard` is told the JSON
     of every event. Raises Gone when nobody listens any more."""
 
     async def write(data: bytes, more: bool = True) -> None:
-        try:
-            async with asyncio.timeout(send_seconds):
-                await send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError as cause:
-            raise Gone from cause
+        await send({"type": "http.response.body", "body": data, "more_body": more})
 
     def written(chunks: list[dict[str, Any]]) -> bytes:
         texts = [json_bytes(chunk) for chunk in chunks]
@@ -98,6 +93,10 @@ async def stream_answer(
     async def tell() -> RequestError | None:
         await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
         chunks = Chunks(call.progress)
+
+        def taken(at: int, event: Event) -> bytes:
+            return written(chunks.take(at, event))
+
         await write(written(chunks.begin()))
         try:
             while not call.progress.done:
@@ -107,7 +106,7 @@ async def stream_answer(
                 except TimeoutError:
                     await write(PING)
                     continue
-                if data := b"".join(written(chunks.take(at, event)) for at, event in events):
+                if data := b"".join(await _taken(taken, events)):
                     await write(data)
         except RequestError as error:
             await write(written([error.body()]), more=False)
@@ -119,6 +118,18 @@ async def stream_answer(
         return await unless_gone(tell(), receive)
     finally:
         call.cancel()
+
+
+async def _taken(take: Callable[[int, Event], Result], events: Sequence[tuple[int, Event]]) -> list[Result]:
+    """What `take` makes of each event. The scores of a long prompt take their time to tell, and the others do not wait
+    for it; a thread for each token would cost more than the token."""
+
+    def all_of_them() -> list[Result]:
+        return [take(at, event) for at, event in events]
+
+    if any(isinstance(event, PromptScores) for _, event in events):
+        return await asyncio.to_thread(all_of_them)
+    return all_of_them()
 
 
 async def unless_gone(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:

@@ -9,7 +9,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -37,9 +37,12 @@ CLOSED_REQUEST = 499
 LONGEST_PATH = 200
 """Characters of a path that are logged."""
 
+PIECE = 1 << 16
+"""Bytes of an answer that are handed over at once. What is handed over counts as sent, though it may lie unread."""
+
 
 class Gone(Exception):  # noqa: N818 - it says what happened
-    """The asker has closed the connection, or takes nothing of the answer."""
+    """The asker has closed the connection, or it was closed because nothing was taken of the answer."""
 
 
 def json_bytes(value: Any) -> bytes:
@@ -82,7 +85,8 @@ class Entrance:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = fields["id"]
-            await send(message)
+            for piece in _pieces(message):
+                await send(piece)
 
         self.under_way += 1
         try:
@@ -103,6 +107,15 @@ class Entrance:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self.answered[path, status] = self.answered.get((path, status), 0) + 1
             _note(scope, status, time.perf_counter() - begin, fields)
+
+
+def _pieces(message: Message) -> Iterator[Message]:
+    """`message`, a body of more than PIECE bytes as several."""
+    body = message.get("body", b"")
+    last = max(len(body) - 1, 0) // PIECE * PIECE
+    for begin in range(0, last, PIECE):
+        yield {**message, "body": body[begin : begin + PIECE], "more_body": True}
+    yield {**message, "body": body[last:]} if last else message
 
 
 def _refused(error: Exception, scope: Scope, number: str) -> RequestError:
@@ -177,10 +190,13 @@ class Key:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._digest is not None and not is_open(scope["path"]):
             kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            fits = hmac.compare_digest(_digest(given.strip().encode("latin-1")), self._digest)
+            # No other space than HTTP's: a byte of a key in UTF-8 may look like one.
+            fits = hmac.compare_digest(_digest(given.strip(" \t").encode("latin-1")), self._digest)
             if kind.lower() != "bearer" or not fits:
+                shown = kind.lower() == "bearer" and given.strip(" \t")
+                why = "this is not the server's API key" if shown else "this server needs its API key"
                 raise RequestError(
-                    "this server needs its API key: send the header Authorization: Bearer KEY",
+                    f"{why}: send the header Authorization: Bearer KEY",
                     status=401,
                     code="invalid_api_key",
                 )

@@ -64,7 +64,7 @@ class Observer:
     async def watch(self) -> None:
         while True:
             # A server that is too busy to answer this once is still measured by its clients.
-            with suppress(OSError):
+            with suppress(OSError, ServeError):
                 self.metrics.append(await read_metrics(self.address))
             if self.pid is not None and (size := resident_bytes(self.pid)) is not None:
                 self.memory.append(size)
@@ -129,7 +129,9 @@ async def measure(
             seconds = await load.run()
         finally:
             watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            await asyncio.wait({watching})
+        if not watching.cancelled():
+            watching.result()  # raises what ended it: figures of a part of the time would say nothing of the whole
         until = await read_metrics(address)
         report("waiting for the server to be idle")
         after = await _idle(address)

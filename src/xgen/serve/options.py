@@ -11,9 +11,9 @@ class Options:
     for nothing. `allow_origins`: sites besides our own page whose scripts may ask, "*" for all. `max_body`: bytes of a
     request. `log_prompts`: prompts and answers too.
 
-    The rest are seconds: `body_seconds` for a request to come in whole, `send_seconds` for a piece of an answer to be
-    taken, `ping_seconds` of silence in a stream before a comment is sent, `drain_seconds` for what is under way to end
-    once the server is told to stop.
+    The rest are seconds: `body_seconds` for a request to come in whole, and again for the rest of one that is already
+    refused, `send_seconds` for a piece of an answer to be taken, `ping_seconds` of silence in a stream before a comment
+    is sent, `drain_seconds` for what is under way to end once the server is told to stop.
     """
 
     host: str = "127.0.0.1"

@@ -11,10 +11,12 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any, Literal
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from xgen.serve.app import Model, Server
 from xgen.serve.logs import note
@@ -30,6 +32,9 @@ CANCEL_SECONDS = 2.0
 
 LOOK_SECONDS = 0.05
 """Between two looks whether all has ended."""
+
+Awaited = Literal["head", "body", "reader"]
+"""What a connection may be kept waiting for."""
 
 
 def run(server: Server, listening: socket.socket, load: Callable[[], Model]) -> None:
@@ -127,34 +132,82 @@ class Http(uvicorn.Server):
 
 
 class Patient(H11Protocol):
-    """Closes a connection on which the head of a request does not come within HEADER_SECONDS."""
+    """Closes a connection that is kept waiting: for the head of a request (HEADER_SECONDS), for the rest of a body that
+    is already answered (`body_seconds`), or for its answer to be taken (`send_seconds`).
 
-    _timer: asyncio.TimerHandle | None = None
+    A refused body is read on for a while, since a connection that is closed in the middle of it takes the answer along.
+    What nobody takes is thrown away: a transport that is told to close waits for ever until all was read.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        assert isinstance(config.app, Server)
+        self._options = config.app.options
+        self._timers: dict[Awaited, asyncio.TimerHandle] = {}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait()
+        self._wait("head", HEADER_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
-            self._wait()
+            self._wait("head", HEADER_SECONDS)
         else:
-            self._stop_waiting()
+            self._stop_waiting("head")
+        if not self._answered_early():
+            self._stop_waiting("body")
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._wait("reader", self._options.send_seconds)
+        elif self._answered_early():
+            self._wait("body", self._options.body_seconds)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait("reader", self._options.send_seconds)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_waiting("reader")
+        if self.transport.is_closing():
+            self._wait("reader", self._options.send_seconds)
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._abandon()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        for what in tuple(self._timers):
+            self._stop_waiting(what)
         super().connection_lost(exc)
 
-    def _wait(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(HEADER_SECONDS, self._late)
+    def _answered_early(self) -> bool:
+        return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
 
-    def _stop_waiting(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _wait(self, what: Awaited, seconds: float) -> None:
+        if what not in self._timers:
+            self._timers[what] = self.loop.call_later(seconds, self._late, what)
 
-    def _late(self) -> None:
-        self._timer = None
+    def _stop_waiting(self, what: Awaited) -> None:
+        if what in self._timers:
+            self._timers.pop(what).cancel()
+
+    def _late(self, what: Awaited) -> None:
+        del self._timers[what]
         self.transport.close()
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Let go of what was written and not read."""
+        if unread := self.transport.get_write_buffer_size():
+            note("abandoned", client=self.client[0] if self.client else None, unread_bytes=unread)
+            self.transport.abort()

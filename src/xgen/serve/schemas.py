@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from xgen.infer.request import MOST_BIASES, MOST_STOPS, MOST_TOP_LOGPROBS
 
@@ -22,6 +23,21 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
+def _only(nothing: Any) -> BeforeValidator:
+    """Of a field that clients send as `nothing` where they have nothing for it; anything else is refused as unknown."""
+
+    def check(value: Any, info: ValidationInfo) -> None:
+        given = value is not None and (type(value) is not type(nothing) or value != nothing)
+        if given and not (info.context and info.context["lenient"]):
+            raise PydanticKnownError("extra_forbidden")
+
+    return BeforeValidator(check)
+
+
+Tools = Annotated[Annotated[list[Any], Field(max_length=0)] | None, _only([])]
+Obfuscation = Annotated[Literal[False] | None, _only(False)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -34,6 +50,7 @@ class Truncation(_Strict):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = Field(None, description="Send the token counts as a last chunk without choices.")
+    include_obfuscation: Obfuscation = Field(None, description="Chunks are never padded, so it cannot be true.")
 
 
 class _Generation(_Strict):
@@ -46,12 +63,14 @@ class _Generation(_Strict):
     min_p: float | None = Field(None, ge=0, le=1, description="Relative to the likeliest token. Default 0.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10, description="Default 1: none.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="Default 1: none.")
     seed: int | None = Field(
         None, ge=-(1 << 63), lt=1 << 63, description="The same seed gives the same answer; left out, a random one."
     )
     n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Answers to each prompt. Default 1.")
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: (
+        Annotated[str, Field(max_length=LONGEST_STOP)] | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None
+    ) = Field(None, description="An empty text is none.")
     stop_token_ids: Annotated[list[Id], Field(max_length=MOST_STOPS)] | None = None
     min_tokens: int | None = Field(None, ge=0, lt=1 << 31)
     ignore_eos: bool | None = Field(None, description="Go on after the model's end tokens.")
@@ -82,7 +101,9 @@ class TextPart(_Strict):
 
 class MessageBody(_Strict):
     role: Literal["system", "developer", "user", "assistant"] = Field(description='"developer" counts as "system".')
-    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
+        description="Null counts as an empty text; only an assistant's may be."
+    )
     type: Literal["text"] | None = None
     refusal: None = Field(None, description="Null, as in an answer that is handed back; so are those that follow.")
     annotations: None = None
@@ -90,9 +111,16 @@ class MessageBody(_Strict):
     function_call: None = None
     tool_calls: None = None
 
+    @field_validator("content")
+    @classmethod
+    def _said(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is None and info.data.get("role", "assistant") != "assistant":
+            raise PydanticCustomError("null_content", "Only an assistant's content may be null")
+        return content
+
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
 
 
 Messages = Annotated[list[MessageBody], Field(min_length=1, fail_fast=True)]
@@ -113,6 +141,7 @@ class ChatBody(_Generation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     response_format: TextFormat | None = None
+    tools: Tools = Field(None, description="None can be called, so the list must be empty.")
 
 
 class TokenizeBody(_Strict):

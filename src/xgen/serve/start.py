@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import jax
 
+from xgen.convert.adapters import require_adapter
 from xgen.convert.description import Description
 from xgen.convert.open import open_model
 from xgen.errors import DataError, RecipeError
@@ -69,6 +70,8 @@ class Loader:
         name, adapters = wanted.name or self._description.name, wanted.adapters or {}
         if name in adapters:
             raise RecipeError(f"the model and an adapter are both called {name!r}; give one another name with --name")
+        for folder in adapters.values():
+            require_adapter(folder)
         self.translator = Translator(
             self._description,
             name=name,

@@ -6,6 +6,7 @@ Nothing is left out of a conversation that has become too long: it is said, and 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -217,13 +218,18 @@ class Terminal:
 
     def _save(self, name: str) -> None:
         path = _named(name)
-        if path.exists() and path != self._own_file:
-            raise DataError(f"{path} is there already; name another file")
         said = self._talk.body()["messages"]
         try:
-            path.write_text(json.dumps({"messages": said}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            # Before the file is opened: what was saved there is not to be lost for a character that cannot be written.
+            text = (json.dumps({"messages": said}, ensure_ascii=False, indent=1) + "\n").encode()
+            if path.exists() and path != self._own_file:
+                raise DataError(f"{path} is there already; name another file")
+            path.write_bytes(text)
         except OSError as cause:
             raise StorageError.writing(path, cause) from cause
+        except UnicodeEncodeError as cause:
+            half = cause.object[cause.start]
+            raise DataError(f"cannot write {path}: a message holds {half!r}, half a character") from cause
         self._own_file = path
         self._note(f"{len(said)} messages are in {path}")
 
@@ -243,15 +249,23 @@ class Terminal:
 def _named(name: str) -> Path:
     if not name:
         raise DataError("name a file")
-    return Path(name).expanduser()
+    try:
+        os.fsencode(name)
+        if "\0" in name:
+            raise ValueError("it holds a zero byte")
+        return Path(name).expanduser()
+    except (RuntimeError, ValueError) as cause:
+        raise DataError(f"{name!r} names no file: {cause}") from cause
 
 
 def _value(text: str) -> Any:
-    """JSON where it is, else a text; nothing is null, which is to say the default."""
+    """JSON where it is, else a text; nothing is null, which is to say the default. Raises DataError."""
     try:
         return json.loads(text) if text else None
     except ValueError:
         return text
+    except RecursionError as cause:
+        raise DataError("a value is nested too deeply to be read") from cause
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

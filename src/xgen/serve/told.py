@@ -42,6 +42,7 @@ class CompletionLogprobs:
         self._tokenizer, self._silent = tokenizer, silent
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._characters = 0
+        self._names: dict[int, str] = {}
 
     def add(self, tokens: Sequence[Token], *, unseen: int = 0, text: str | None = None) -> dict[str, list[Any]]:
         """The lists for `tokens`, of which the text has nothing of the first `unseen`. `text`, where it is known, is
@@ -69,8 +70,10 @@ class CompletionLogprobs:
     def _breaks_off(self, data: bytes) -> bool:
         """Whether `data` leaves a character before it incomplete, which then stands in the text as U+FFFD."""
         pending = self._decoder.getstate()[0]
+        if not pending:
+            return False
         trial = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return bool(pending) and trial.decode(pending + data[:1]).startswith("\ufffd")
+        return trial.decode(pending + data[:1]).startswith("\ufffd")
 
     def _top(self, token: Token) -> dict[str, float] | None:
         """The likeliest, and the token itself where it is none of them; of two with one name, the likelier."""
@@ -82,9 +85,15 @@ class CompletionLogprobs:
         return found
 
     def _name(self, index: int) -> str:
-        """A token as text; where it is part of a character, its bytes, written as OpenAI does."""
-        data = self._tokenizer.token_bytes(index)
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        # The same few tokens are likely again and again.
+        if index not in self._names:
+            self._names[index] = _name(self._tokenizer.token_bytes(index))
+        return self._names[index]
+
+
+def _name(data: bytes) -> str:
+    """A token as text; where it is part of a character, its bytes, written as OpenAI does."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

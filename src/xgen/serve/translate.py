@@ -121,8 +121,9 @@ class Translator:
                 param="best_of",
                 code="unsupported_parameter",
             )
+        # Before they are encoded, which takes as long for a million prompts as for one of their length.
+        self._check_choices(_count(body.prompt), n)
         prompts = self._prompts(body)
-        self._check_choices(len(prompts), n)
         rows, dropped = [], []
         for ids, unseen in prompts:
             max_tokens = body.max_tokens
@@ -131,7 +132,7 @@ class Translator:
                 ids, one = cut(ids, unseen, room, body.truncation.rule)
                 dropped.append(one)
             elif max_tokens is None:
-                max_tokens = max(min(DEFAULT_COMPLETION_TOKENS, self.window - len(ids)), 1)
+                max_tokens = min(DEFAULT_COMPLETION_TOKENS, self._room(ids, "prompt"))
             rows.append((ids, _stated(max_tokens)))
         echoes = [self._echo(body, at, *prompts[at], rows[at][0]) if body.echo else None for at in range(len(rows))]
         scored = bool(body.echo) and body.logprobs is not None
@@ -170,7 +171,7 @@ class Translator:
             ids = tuple(self._rendered(messages).ids)
             dropped.append(one)
         elif max_tokens is None:
-            max_tokens = max(self.window - len(ids), 1)
+            max_tokens = self._room(ids, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         turn_ends = self._turn_ends(body)
         return Asked(
@@ -198,7 +199,18 @@ class Translator:
 
     def detokenize(self, value: Any) -> dict[str, Any]:
         """The answer to the body `value` of /detokenize. Raises RequestError."""
-        return {"content": self.tokenizer.decode(check(DetokenizeBody, value, lenient=self._lenient).tokens)}
+        body = check(DetokenizeBody, value, lenient=self._lenient)
+        size = self.description.real_vocab
+        if unknown := [index for index in body.tokens if index >= size]:
+            raise RequestError(
+                f"'tokens' has {unknown[0]}, which is no token; ids are 0 to {size - 1}",
+                param="tokens",
+                code="invalid_value",
+            )
+        try:
+            return {"content": self.tokenizer.decode(body.tokens)}
+        except DataError as cause:
+            raise refusal(cause, "tokens") from cause
 
     def apply_template(self, value: Any) -> dict[str, Any]:
         """The answer to the body `value` of /apply-template. Raises RequestError."""
@@ -229,6 +241,19 @@ class Translator:
                 param="n" if n > 1 else "prompt",
                 code="too_many_choices",
             )
+
+    def _room(self, ids: Sequence[int], param: str) -> int:
+        """What the window holds after a prompt of `ids`, at least one token. Raises RequestError."""
+        if len(ids) < self.window:
+            return self.window - len(ids)
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens, and the context holds {self.window} with the answer; shorten the "
+            'prompt, or ask for "truncation"',
+            param=param,
+            code="context_length_exceeded",
+            prompt_tokens=len(ids),
+            context_length=self.window,
+        )
 
     def _prompts(self, body: CompletionBody) -> list[tuple[tuple[int, ...], int]]:
         """Each prompt's ids, and how many of the first were put there by us."""
@@ -301,7 +326,7 @@ class Translator:
         turn_ends: Sequence[str | int] = (),
     ) -> tuple[Request, ...]:
         adapter = self._adapter(body.model)
-        own_stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        own_stops = [body.stop] if body.stop and isinstance(body.stop, str) else body.stop or []
         stop = (*own_stops, *(end for end in turn_ends if isinstance(end, str)))
         stop_ids = (*(body.stop_token_ids or ()), *(end for end in turn_ends if isinstance(end, int)))
         seed = secrets.randbits(32) if body.seed is None else _seed(body.seed)
@@ -333,6 +358,11 @@ def _stated(max_tokens: int | None) -> int:
     if max_tokens is None:
         raise RequestError("truncation needs max_tokens, to know how much room to make", param="max_tokens")
     return max_tokens
+
+
+def _count(prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> int:
+    """How many prompts it is."""
+    return 1 if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else len(prompt)
 
 
 def _messages(bodies: Sequence[MessageBody]) -> list[Message]:

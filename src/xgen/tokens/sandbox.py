@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 from xgen.errors import DataError
 
@@ -31,8 +33,11 @@ COPIES = 8
 LARGEST_PRODUCT = 1 << 16
 """Of `*` on texts and lists, in items; indentation is what it is used for."""
 
+LARGEST_NUMBER = 1 << 10
+"""Of `*` on integers, in bits: a few products of products would otherwise take longer than a whole rendering may."""
+
 _TICK = "xgen_tick"
-"""What a template calls once in each turn of a loop and each call of a macro; no name that one would use."""
+"""What a template calls once in each turn of a loop, each call of a macro and before each `set`."""
 
 
 class Sandbox:
@@ -54,7 +59,8 @@ class Sandbox:
             tree = environment.parse(source)
             self.literals = frozenset(_literals(tree))
             _spell_literals(tree, spell)
-            _count_turns(tree, environment)
+            _refuse_tick(source)
+            _Ticks(environment).visit(tree)
             self._template = environment.from_string(tree)
         except TemplateSyntaxError as cause:
             raise DataError(f"the chat template cannot be read: line {cause.lineno}: {cause.message}") from cause
@@ -96,6 +102,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             for items, count in ((left, right), (right, left)):
                 if isinstance(items, str | list | tuple) and len(items) * count > LARGEST_PRODUCT:
                     raise SecurityError(f"{count} times {len(items)} items are too many")
+            numbers = isinstance(left, int) and isinstance(right, int)
+            if numbers and left.bit_length() + right.bit_length() > LARGEST_NUMBER:
+                raise SecurityError(f"a product of {left.bit_length()} and {right.bit_length()} bits is too large")
         return super().call_binop(context, operator, left, right)
 
 
@@ -165,11 +174,31 @@ def _spell_literals(tree: nodes.Template, spell: Callable[[str], str]) -> None:
             const.value = spell(const.value)
 
 
-def _count_turns(tree: nodes.Template, environment: Environment) -> None:
-    """Let the template call _TICK wherever it could go on for ever."""
-    found: Iterator[nodes.For | nodes.Macro | nodes.CallBlock]
-    found = tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))
-    for node in found:
+def _refuse_tick(source: str) -> None:
+    """A template that gives the name to something of its own would no longer be stopped. Python, which it is compiled
+    to, takes letters of one kind for another, as U+FF58 for x."""
+    if _TICK in unicodedata.normalize("NFKC", source):
+        raise ValueError(f"it uses the name {_TICK}, which is kept for what stops it")
+
+
+class _Ticks(NodeTransformer):
+    """Lets a template call _TICK wherever it could go on for ever, and between steps that may each take twice as long
+    as the one before."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+
+    def _tick(self, line: int) -> nodes.Node:
         call = nodes.Call(nodes.Name(_TICK, "load"), [], [], None, None)
-        tick = nodes.ExprStmt(call).set_lineno(node.lineno, override=True).set_environment(environment)
-        node.body.insert(0, tick)
+        return nodes.ExprStmt(call).set_lineno(line, override=True).set_environment(self._environment)
+
+    def _each_turn(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, self._tick(node.lineno))
+        return node
+
+    def _before(self, node: nodes.Stmt) -> list[nodes.Node]:
+        return [self._tick(node.lineno), self.generic_visit(node)]
+
+    visit_For = visit_Macro = visit_CallBlock = _each_turn  # noqa: N815 - names that Jinja2 looks for
+    visit_Assign = visit_AssignBlock = _before  # noqa: N815

@@ -81,12 +81,12 @@ def compiler() -> str | None:
 
 def _built() -> Path:
     """The library for this source, compiler and JAX: built by whoever comes first, put in its place whole."""
-    here = Path(__file__).parent
+    here, names = Path(__file__).parent, (*SOURCES, *HEADERS)
     command = [str(compiler()), *FLAGS, f"-I{jax.ffi.include_dir()}", *(str(here / name) for name in SOURCES)]
-    texts = [(here / name).read_bytes() for name in (*SOURCES, *HEADERS)]
+    texts = [(here / name).read_bytes() for name in names]
     key = hashlib.sha256(b"\0".join([*texts, jax.__version__.encode(), *map(str.encode, command)]))
-    folder = Path(os.environ.get("XGEN_NATIVE") or cache_folder() / "native")
-    place = folder / f"kernels-{key.hexdigest()[:16]}.so"
+    kept = Path(os.environ.get("XGEN_NATIVE") or cache_folder() / "native")
+    place = kept / f"kernels-{key.hexdigest()[:16]}.so"
     if place.exists():
         return place
     place.parent.mkdir(parents=True, exist_ok=True)

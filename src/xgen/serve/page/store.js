@@ -6,6 +6,9 @@ const FORMAT = "xgen-conversation";
 const LONGEST_TITLE = 60;
 const ENDS = ["stop", "length", "stopped", "left", "lost", "error"];
 
+// What newId makes. Any other id is a stranger's, and may mean something here.
+const OWN_ID = /^[0-9a-f]{20}$/;
+
 // What this page has open. Also the only place of what the storage has no room for.
 const held = new Map();
 
@@ -34,10 +37,11 @@ function titleOf(message) {
   return line.length > LONGEST_TITLE ? `${line.slice(0, LONGEST_TITLE - 1)}…` : line;
 }
 
-const placeOf = (message) => message.parent ?? "first";
+// Where `chosen` has the choice among the first messages; no OWN_ID.
+const BEGINNING = "first";
 
 export function choose(conversation, message) {
-  conversation.chosen[placeOf(message)] = message.id;
+  conversation.chosen[message.parent ?? BEGINNING] = message.id;
 }
 
 /** The messages that stand beside this one, itself among them, oldest first. */
@@ -53,14 +57,13 @@ export function parentOf(conversation, message) {
 export function path(conversation) {
   const children = new Map();
   for (const message of conversation.messages) {
-    const place = placeOf(message);
-    if (!children.has(place)) children.set(place, []);
-    children.get(place).push(message);
+    if (!children.has(message.parent)) children.set(message.parent, []);
+    children.get(message.parent).push(message);
   }
   const shown = [];
-  for (let place = "first"; children.has(place); place = shown.at(-1).id) {
-    const here = children.get(place);
-    shown.push(here.find((message) => message.id === conversation.chosen[place]) ?? here.at(-1));
+  for (let parent = null; children.has(parent); parent = shown.at(-1).id) {
+    const here = children.get(parent);
+    shown.push(here.find((message) => message.id === conversation.chosen[parent ?? BEGINNING]) ?? here.at(-1));
   }
   return shown;
 }
@@ -191,17 +194,19 @@ function documentFrom(value) {
   return { name: textOf(value.name, "a document's name"), text: textOf(value.text, "a document"), tokens };
 }
 
-// Field by field: a file from elsewhere must not bring anything that this page did not expect.
-function messageFrom(value, known) {
+// Field by field: a file from elsewhere must not bring anything that this page did not expect. `ids` has this page's id
+// for each that the file has.
+function messageFrom(value, ids) {
   const { id, parent, role, error = null, stats = null } = value;
   if (role !== "user" && role !== "assistant") throw new Error(`a message has the role ${JSON.stringify(role)}`);
-  if (known.has(textOf(id, "a message's id"))) throw new Error(`two messages have the id ${id}`);
-  if (parent !== null && !known.has(parent)) throw new Error(`message ${id} follows one that is not there`);
-  known.add(id);
+  if (ids.has(textOf(id, "a message's id"))) throw new Error(`two messages have the id ${id}`);
+  if (parent !== null && !ids.has(parent)) throw new Error(`message ${id} follows one that is not there`);
+  ids.set(id, OWN_ID.test(id) ? id : newId());
   const documents = (value.documents ?? []).map(documentFrom);
   const content = textOf(value.content, "a message's content");
   const said = error === null ? null : textOf(error, "an error");
-  const message = { id, parent, role, content, documents, made: Number(value.made) || 0 };
+  const place = { id: ids.get(id), parent: ids.get(parent) ?? null };
+  const message = { ...place, role, content, documents, made: Number(value.made) || 0 };
   // A reply without an end was still being written when its page was left.
   const ended = ENDS.includes(value.ended) ? value.ended : "left";
   return role === "user" ? message : { ...message, ended, error: said, stats: statsFrom(stats) };
@@ -214,10 +219,13 @@ function statsFrom(stats) {
 }
 
 function conversationFrom(value) {
-  const known = new Set();
-  const messages = value.messages.map((message) => messageFrom(message, known));
+  const ids = new Map();
+  const messages = value.messages.map((message) => messageFrom(message, ids));
   const chosen = {};
-  for (const [place, id] of Object.entries(value.chosen ?? {})) if (known.has(id)) chosen[place] = id;
+  for (const [parent, id] of Object.entries(value.chosen ?? {})) {
+    const place = parent === BEGINNING ? BEGINNING : ids.get(parent);
+    if (place !== undefined && ids.has(id)) chosen[place] = ids.get(id);
+  }
   const created = Number(value.created) || Date.now();
   const updated = Number(value.updated) || created;
   const title = textOf(value.title, "the title");
