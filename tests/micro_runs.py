@@ -203,6 +203,14 @@ def writing(run: Path) -> bool:
     return any((run / "checkpoints").glob("partial-*"))
 
 
+SLOW_STEPS = """
+import time, xgen.training.folder as f
+step = f.Recorder.step
+f.Recorder.step = lambda *this, **line: (step(*this, **line), time.sleep(0.2))[0]
+"""
+"""So that whoever looks at the log, on a busy machine, sees each of them."""
+
+
 def at_tokens(run: Path, tokens: int) -> Callable[[], bool]:
     """Whether the last step recorded ended at `tokens`."""
     return lambda: bool(found := lines(run)) and found[-1]["tokens"] == tokens

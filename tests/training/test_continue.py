@@ -11,7 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from micro_runs import Micro, assert_same_run, at_tokens, command, end, freeze, lines, start, weights_hash, writing
+from micro_runs import (
+    SLOW_STEPS,
+    Micro,
+    assert_same_run,
+    at_tokens,
+    command,
+    end,
+    freeze,
+    lines,
+    start,
+    weights_hash,
+    writing,
+)
 
 from xgen import api
 from xgen.convert.gguf_write import write_gguf
@@ -148,14 +160,14 @@ def test_kill_at_any_moment_changes_nothing_and_the_model_is_needed_once(
     shutil.copytree(micro.straight, model)
     begin = ("train", recipe(micro), "--from", model, "--run", run)
     for moment in (lambda: writing(run), at_tokens(run, 512)):
-        process = start(*begin)
+        process = start(*begin, patch=SLOW_STEPS)
         assert freeze(process, moment), end(process).err
         begun_already = (run / "recipe.toml").exists()
         process.kill()
         end(process)
         assert begun_already == (moment() and not writing(run)), "what can be resumed has its first weights"
     shutil.rmtree(model)
-    process = start("train", "--resume", run)
+    process = start("train", "--resume", run, patch=SLOW_STEPS)
     assert freeze(process, at_tokens(run, 2560)), end(process).err
     process.kill()
     end(process)

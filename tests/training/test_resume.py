@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from micro_runs import (
+    SLOW_STEPS,
     STAGES,
     Micro,
     assert_same_run,
@@ -29,13 +30,6 @@ save = c.save_tree
 c.save_tree = lambda *parts: (time.sleep(60), save(*parts))[1]
 """
 
-SLOW_STEPS = """
-import time, xgen.training.folder as f
-step = f.Recorder.step
-f.Recorder.step = lambda *this, **line: (step(*this, **line), time.sleep(0.2))[0]
-"""
-"""So that whoever looks at the log, on a busy machine, sees each of them."""
-
 
 def test_kill_at_any_moment_changes_nothing(micro: Micro, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -43,13 +37,13 @@ def test_kill_at_any_moment_changes_nothing(micro: Micro, tmp_path: Path) -> Non
     lucky = random.Random().randrange(switch + 256, STAGES["64"][1], 256)
     print("random moment: step that ends at", lucky)
     moments = (lambda: writing(run), at_tokens(run, switch), at_tokens(run, lucky))
-    process = start("train", micro.recipe, "--run", run)
+    process = start("train", micro.recipe, "--run", run, patch=SLOW_STEPS)
     for moment in moments:
         assert freeze(process, moment), end(process).err
         process.kill()
         end(process)
         if moment is not moments[-1]:
-            process = start("train", "--resume", run)
+            process = start("train", "--resume", run, patch=SLOW_STEPS)
     done = command("train", "--resume", run, "--quiet")
     assert (done.code, done.out, done.err) == (0, "", "")
     assert_same_run(run, micro.straight)
