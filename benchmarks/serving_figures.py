@@ -1,10 +1,11 @@
 """What a server adds to its engine, and what continuous batching gains: a few figures of one model.
 
-    python benchmarks/serving_figures.py MODEL [--precision bfloat16] [--requests 48]
+    python benchmarks/serving_figures.py MODEL [--precision bfloat16] [--requests 64]
 
 - `batching`: tokens a second of requests of mixed lengths when the engine takes them as places become free, over those
   when it takes eight at a time, as static batching does: all of them with the longest prompt and the longest output of
-  the eight, of which only what was asked for counts. Prompts 16 to 512 tokens, outputs exponential around 64.
+  the eight, of which only what was asked for counts. Prompts of 16 to 512 tokens, outputs of 8 to 512, their
+  logarithms even.
 - `first_byte_seconds`: from the engine's first token to the asker's first byte of text, both since the request came:
   median and largest of 20 requests one after another.
 - `cancel_seconds`: from hanging up in the middle of an answer until /metrics tells of no running request; median and
@@ -45,9 +46,9 @@ def request_of(prompt: int, output: int) -> Request:
 
 
 def mixed(count: int) -> list[tuple[int, int]]:
-    """Prompt and output lengths."""
+    """Prompt and output lengths, of every order of magnitude alike."""
     drawn = random.Random(0)
-    return [(drawn.randint(16, 512), min(max(int(drawn.expovariate(1 / 64)), 4), 512)) for _ in range(count)]
+    return [(int(16 * 32 ** drawn.random()), int(8 * 64 ** drawn.random())) for _ in range(count)]
 
 
 def rate(engine: Engine, groups: list[list[tuple[int, int]]], wanted: int) -> float:
@@ -137,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--requests", type=int, default=64)
     options = parser.parse_args()
     # No prefix is kept from one measurement to the next that matters: the prompts' lengths differ.
     opened = open_engine(options.model, Settings(window=2048, slots=SLOTS), precision=options.precision)
