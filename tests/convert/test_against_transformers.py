@@ -7,6 +7,7 @@ likeliest of ours after all before it. By induction ours would have written the 
 from __future__ import annotations
 
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,11 @@ def their_greedy(model: Any, ids: np.ndarray, *, use_cache: bool = True) -> np.n
         return model.generate(torch.tensor(ids), **wanted).numpy()
 
 
-def check(ours: LoadedModel, theirs: Any, ids: np.ndarray, *, use_cache: bool = True, strays: int = 0) -> float:
+def check(ours: LoadedModel, theirs: Any, ids: np.ndarray, *, use_cache: bool = True) -> float:
     """The largest difference of logits over `ids`; asserts it and the greedy continuation."""
     real = ours.spec.real_vocab
     difference = np.abs(ours.logits(ids)[..., :real] - their_logits(theirs, ids)[..., :real])
-    assert (difference > TOLERANCE).sum() <= strays
-    assert difference.max() <= 2 * TOLERANCE
+    assert difference.max() <= TOLERANCE
     written = their_greedy(theirs, ids, use_cache=use_cache)
     np.testing.assert_array_equal(likeliest_next(ours, written, ids.shape[1]), written[:, ids.shape[1] :])
     return float(difference.max())
@@ -149,12 +149,15 @@ def real_folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize("length", [16, 512, 8000])
 def test_the_real_model_agrees(length: int, smollm2: Path, real_folder: Path) -> None:
     ours = xgen.load(smollm2)
-    text = (Path(__file__).parent.parent.parent / "docs" / "lab-notes.md").read_text(encoding="utf-8")
-    once = ours.tokenizer.encode(text)
-    ids = np.array([(once * (1 + length // len(once)))[:length]])
-    # Known shortfall: of 400 million logits at 8,000 tokens the worst differs by 1.6e-4 to 2.2e-4, by the text, and as
-    # much with our plain attention. At every other length, and for all other models, none may pass the bound.
-    check(ours, torch_model(real_folder), ids, strays=4 if length == 8000 else 0)
+    # Of the embedded corpus: a text that is never edited, and long enough not to be given twice. On one that repeats, the
+    # model is nearly certain and its logits larger: the worst of 400 million then differ by 2.3e-4 to 3.6e-4.
+    with lzma.open(
+        Path(xgen.__file__).parent / "data" / "corpus" / "messages.jsonl.xz", "rt", encoding="utf-8"
+    ) as file:
+        texts = [json.loads(next(file))["text"] for _ in range(10)]
+    ids = np.array([ours.tokenizer.encode("\n\n".join(texts))[:length]])
+    assert ids.shape[1] == length
+    check(ours, torch_model(real_folder), ids)
 
 
 def test_out_and_in_again_the_real_weights_have_the_same_bits(smollm2: Path, real_folder: Path, tmp_path: Path) -> None:

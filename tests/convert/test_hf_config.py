@@ -242,7 +242,7 @@ def test_transformers_reads_what_we_write(shape: str, caplog: pytest.LogCaptureF
     theirs = LlamaConfig.from_dict(config_of(description))
     assert not caplog.records
     LlamaConfig.from_dict(config_of(description) | {"rope_scaling": {"rope_type": "linear", "factor": 0.5}})
-    assert len(caplog.records) == 1  # so they do warn of a rope that they doubt
+    assert caplog.records  # so they do warn of a rope that they doubt
     model, scaling = description.model, description.model.rope_scaling
     assert theirs.head_dim == model.head_size
     assert theirs.rope_parameters["rope_theta"] == model.rope_theta
