@@ -149,11 +149,10 @@ def real_folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize("length", [16, 512, 8000])
 def test_the_real_model_agrees(length: int, smollm2: Path, real_folder: Path) -> None:
     ours = xgen.load(smollm2)
-    # Of the embedded corpus: a text that is never edited, and long enough not to be given twice. On one that repeats, the
-    # model is nearly certain and its logits larger: the worst of 400 million then differ by 2.3e-4 to 3.6e-4.
-    with lzma.open(
-        Path(xgen.__file__).parent / "data" / "corpus" / "messages.jsonl.xz", "rt", encoding="utf-8"
-    ) as file:
+    # Of the embedded corpus: a text that is never edited, and long enough not to be given twice. On one that repeats,
+    # the model is nearly certain and its logits larger: the worst of 400 million then differ by 2.3e-4 to 3.6e-4.
+    corpus = Path(xgen.__file__).parent / "data" / "corpus" / "messages.jsonl.xz"
+    with lzma.open(corpus, "rt", encoding="utf-8") as file:
         texts = [json.loads(next(file))["text"] for _ in range(10)]
     ids = np.array([ours.tokenizer.encode("\n\n".join(texts))[:length]])
     assert ids.shape[1] == length
