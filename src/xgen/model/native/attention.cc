@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t kKeys = 128;  // of a block
 
-const bf16* in(const ffi::AnyBuffer& buffer) { return static_cast<const bf16*>(buffer.untyped_data()); }
-
 struct Shape {
   int64_t sequences, length, heads, kv_heads, size;
   const int32_t* segments;  // [B S]

@@ -23,7 +23,6 @@ void stretches(ffi::ThreadPool& pool, int64_t count, Each each) {
   });
 }
 
-const bf16* in(const ffi::AnyBuffer& buffer) { return static_cast<const bf16*>(buffer.untyped_data()); }
 bf16* out(ffi::Result<ffi::AnyBuffer> buffer) { return static_cast<bf16*>(buffer->untyped_data()); }
 
 ffi::Error swiglu(ffi::ThreadPool pool, ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::Result<ffi::AnyBuffer> result) {

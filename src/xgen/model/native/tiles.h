@@ -218,6 +218,8 @@ inline __m512 power_of_two(__m512 x) {
   return _mm512_scalef_ps(sum, whole);
 }
 
+inline const bf16* in(const xla::ffi::AnyBuffer& buffer) { return static_cast<const bf16*>(buffer.untyped_data()); }
+
 constexpr float kLog2E = 1.4426950408889634f;
 
 inline __m512 widen(const bf16* from, __mmask16 mask) {
