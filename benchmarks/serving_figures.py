@@ -1,6 +1,6 @@
 """What a server adds to its engine, and what continuous batching gains: a few figures of one model.
 
-    python benchmarks/serving_figures.py MODEL [--precision bfloat16] [--requests 64]
+    python benchmarks/serving_figures.py MODEL [--precision bfloat16] [--requests 128]
 
 - `batching`: tokens a second of requests of mixed lengths when the engine takes them as places become free, over those
   when it takes eight at a time, as static batching does: all of them with the longest prompt and the longest output of
@@ -40,8 +40,8 @@ PROMPT, OUTPUT = 128, 128
 
 
 def request_of(prompt: int, output: int) -> Request:
-    drawn = random.Random(prompt * 1000 + output)
-    ids = tuple(drawn.randrange(100, 1000) for _ in range(prompt))
+    """Of random tokens that no other request has: nothing of it is in the cache."""
+    ids = tuple(random.randrange(100, 1000) for _ in range(prompt))
     return Request(ids, output, Sampling(temperature=0.0), ignore_eos=True)
 
 
@@ -90,15 +90,19 @@ def metric(server: Started, name: str) -> float:
 
 
 def first_bytes(server: Started) -> list[float]:
-    late = []
+    late, name = [], "xgen_first_token_seconds"
     for _ in range(TIMES):
-        before, begin = metric(server, "xgen_first_token_seconds_sum"), time.perf_counter()
+        before, told = metric(server, f"{name}_sum"), metric(server, f"{name}_count")
+        begin = time.perf_counter()
         connection, answer = ask(server, 2)
         answer.readline()
         seen = time.perf_counter() - begin
         answer.read()
         connection.close()
-        late.append(seen - (metric(server, "xgen_first_token_seconds_sum") - before))
+        # The metrics tell of a step once it is over, which may be after its last token was read.
+        while metric(server, f"{name}_count") == told:
+            time.sleep(0.001)
+        late.append(seen - (metric(server, f"{name}_sum") - before))
     return late
 
 
@@ -138,12 +142,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=128)
     options = parser.parse_args()
-    # No prefix is kept from one measurement to the next that matters: the prompts' lengths differ.
+    random.seed(0)
     opened = open_engine(options.model, Settings(window=2048, slots=SLOTS), precision=options.precision)
     with opened.engine as engine:
-        engine.generate([request_of(PROMPT, 8)] * SLOTS)
+        engine.generate([request_of(PROMPT, 8) for _ in range(SLOTS)])
         found: dict[str, Any] = {"batching": batching(engine, options.requests)}
         alone = rate(engine, [[(PROMPT, OUTPUT)] * options.requests], OUTPUT * options.requests)
     program = "from xgen.cli.app import main; main()"
