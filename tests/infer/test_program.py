@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_models import SCALINGS, VARIANTS, spec_of, weights_of
@@ -138,6 +139,26 @@ def test_a_page_is_not_written_past_the_piece() -> None:
     program.prefill("", [again])
     choice = program.decode("", [Row(0, pages_for(0, program), ids[-1], LENGTH - 1)])
     assert choice.logprobs[0] == pytest.approx(expected(spec, ids)[-1].max(), abs=2e-5)
+
+
+def spoilt(leaf: jax.Array) -> jax.Array:
+    """What is not a number, or the largest int8; a bfloat16 cache is kept as its bits."""
+    if leaf.dtype == jnp.int8:
+        return jnp.full_like(leaf, 127)
+    return jnp.full_like(leaf, 0x7FC0) if leaf.dtype == jnp.uint16 else jnp.full_like(leaf, jnp.nan)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_nothing_is_read_of_what_an_earlier_row_left_in_a_page(precision: str, int8: bool) -> None:
+    spec, lengths = spec_of(precision=precision), (3, 11, 20, 27)
+    clean, used = (programs(spec, int8_cache=int8) for _ in range(2))
+    used._cache = jax.tree.map(spoilt, used._cache)
+    for slot, length in enumerate(lengths):
+        ids, cuts = prompt(seed=slot, length=length), [length // 2]
+        assert read_in(used, slot, ids, cuts) == read_in(clean, slot, ids, cuts)
+    rows = [Row(slot, pages_for(slot, clean), 7, length) for slot, length in enumerate(lengths)]
+    assert np.array_equal(used.decode("", rows).logprobs, clean.decode("", rows).logprobs)
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 0.03), ("bfloat16", 0.06)])

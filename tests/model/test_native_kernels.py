@@ -15,7 +15,7 @@ import pytest
 
 from xgen.model import native
 from xgen.model.attention import blockwise, reference
-from xgen.model.linear import dot
+from xgen.model.linear import dot, outer
 
 Attend = Callable[..., jax.Array]
 
@@ -48,6 +48,15 @@ class TestProducts:
             bound = 2e-6 * depth**0.5 + (2.0**-8 * np.abs(want) if dtype == jnp.bfloat16 else 0)
             assert (np.abs(got - want) <= bound + 1e-6).all(), (rows, depth, columns)
 
+    def test_a_sum_goes_on_in_its_own_place(self) -> None:
+        rng = np.random.default_rng(2)
+        for tokens, rows, columns in [(1, 5, 7), (33, 65, 40), (600, 30, 100)]:
+            x, y = (jnp.asarray(normal(rng, tokens, size)) for size in (rows, columns))
+            base = jnp.asarray(rng.standard_normal((rows, columns)), jnp.float32)
+            apart = native.multiply(x, y, 0, 0, jnp.dtype(jnp.float32))
+            together = jax.jit(outer, donate_argnums=2)(x, y, jnp.array(base))
+            assert (together == base + apart).all(), (tokens, rows, columns)
+
     def test_a_row_is_the_same_in_any_company(self) -> None:
         rng = np.random.default_rng(1)
         a, b = jnp.asarray(normal(rng, 40, 200)), jnp.asarray(normal(rng, 200, 300))
@@ -66,24 +75,25 @@ class TestProducts:
         assert not called("float32")
 
 
+NARROW_PAGES = [(8, 4, 1, 1, 1), (33, 16, 5, 2, 1), (64, 128, 1, 3, 3), (64, 33, 150, 1, 2), (128, 64, 70, 2, 4)]
+WIDE_PAGES = [(8, 4, 1, 1, 1), (33, 17, 1, 2, 1), (64, 128, 1, 3, 3), (128, 64, 1, 2, 4), (72, 100, 1, 1, 7)]
+
+
 @HERE
-def test_attention_over_pages_is_float64s() -> None:
+@pytest.mark.parametrize(
+    ("kind", "cases", "bound"), [(jnp.bfloat16, NARROW_PAGES, 0.02), (np.float32, WIDE_PAGES, 2e-6)]
+)
+def test_attention_over_pages_is_float64s(kind: jnp.dtype, cases: list[tuple[int, ...]], bound: float) -> None:
     rng = np.random.default_rng(3)
-    for size, page, columns, kv_heads, group in [
-        (8, 4, 1, 1, 1),
-        (33, 16, 5, 2, 1),
-        (64, 128, 1, 3, 3),
-        (64, 33, 150, 1, 2),
-        (128, 64, 70, 2, 4),
-    ]:
+    for size, page, columns, kv_heads, group in cases:
         start, length = rng.integers(0, 1500, 2), np.array([columns, max(columns // 2, 1)])
         reach = int((start.max() + columns) // page + 2)
         keys, values = (
-            normal(rng, 2 * reach + 1, kv_heads, size, page),
-            normal(rng, 2 * reach + 1, kv_heads, page, size),
+            normal(rng, 2 * reach + 1, kv_heads, size, page).astype(kind),
+            normal(rng, 2 * reach + 1, kv_heads, page, size).astype(kind),
         )
         table = rng.permutation(2 * reach).reshape(2, reach) + 1
-        q = normal(rng, 2, columns, kv_heads * group, size)
+        q = normal(rng, 2, columns, kv_heads * group, size).astype(kind)
         for row in range(2):  # what lies past a row's end must not matter, whatever it is
             last = int(start[row] + length[row])
             values[table[row, last // page], :, last % page :] = np.nan
@@ -98,7 +108,7 @@ def test_attention_over_pages_is_float64s() -> None:
                     scores = wide(q[row, column, head]) @ key[head // group][:, :seen] / size**0.5
                     weights = np.exp(scores - scores.max())
                     want = weights / weights.sum() @ value[head // group][:seen]
-                    assert np.abs(got[row, column, head] - want).max() < 0.02
+                    assert np.abs(got[row, column, head] - want).max() < bound
             assert np.isfinite(got[row]).all()
 
 
@@ -139,7 +149,7 @@ def test_attention_and_its_gradients_are_the_reference_s(documents: str) -> None
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    return array.view(np.uint16)
+    return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
 
 
 @HERE
@@ -155,6 +165,64 @@ def test_swiglu_and_its_gradients_are_float64s() -> None:
     for ours, want in zip(got, wanted, strict=True):
         # Half a unit of bfloat16's last place, and float32's loss where 1 + g (1 - s) nearly cancels.
         assert (np.abs(wide(ours) - want) <= 2.0**-8 * np.abs(want) + 1e-5).all()
+
+
+@HERE
+class TestRows:
+    """Against float64, of the same operands: half a unit of bfloat16's last place, and float32's sums."""
+
+    @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (70, 576), (2, 33, 768)])
+    def test_rms_norm_and_its_gradients(self, shape: tuple[int, ...]) -> None:
+        rng = np.random.default_rng(6)
+        x, gradient = normal(rng, *shape), normal(rng, *shape)
+        scale = rng.standard_normal(shape[-1]).astype(np.float32)
+        values, above = wide(x), wide(gradient)
+        root = 1 / np.sqrt((values**2).mean(axis=-1, keepdims=True) + 1e-5)
+        h = above * scale
+        x_wanted = root * h - values * root**3 * (h * values).mean(axis=-1, keepdims=True)
+        scale_wanted = (above * values * root).reshape(-1, shape[-1]).sum(axis=0)
+        operands = (jnp.asarray(x), jnp.asarray(scale))
+        near(native.rms_norm(*operands, 1e-5), values * root * scale)
+        x_got, scale_got = native.rms_norm_gradients(*operands, jnp.asarray(gradient), 1e-5)
+        near(x_got, x_wanted)
+        np.testing.assert_allclose(np.asarray(scale_got), scale_wanted, rtol=1e-5, atol=1e-4)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 5, 3, 6), (1, 70, 9, 64), (2, 3, 1, 128)])
+    def test_heads_are_turned_forth_and_back(self, shape: tuple[int, ...]) -> None:
+        rng = np.random.default_rng(7)
+        x, turn = normal(rng, *shape), rng.uniform(0, 7, (*shape[:2], 1, shape[3] // 2))
+        cosine, sine = (part.astype(np.float32) for part in (np.cos(turn), np.sin(turn)))
+        for backwards in (False, True):
+            first, second = np.split(wide(x), 2, axis=-1)
+            s = -sine if backwards else sine
+            wanted = np.concatenate([first * cosine - second * s, first * s + second * cosine], axis=-1)
+            got = native.rotate(*map(jnp.asarray, (x, cosine, sine)), backwards=backwards)
+            near(got, wanted, 1e-6)
+
+    @pytest.mark.parametrize(("columns", "vocabulary"), [(1, 1), (40, 33), (16, 16), (1000, 1000), (5120, 5003)])
+    @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+    def test_cross_entropy_and_its_gradient(self, columns: int, vocabulary: int, z_loss: float) -> None:
+        rng = np.random.default_rng(8)
+        scores = (3 * rng.standard_normal((9, columns))).astype(np.float32)
+        scores[0] += 300
+        scores[1, 0] = 200
+        scores[:, vocabulary:] = np.nan  # what padding holds does not matter
+        targets, weights = rng.integers(0, vocabulary, 9), rng.random(9).astype(np.float32)
+        real = scores[:, :vocabulary].astype(np.float64)
+        lse = np.logaddexp.reduce(real, axis=1)
+        softmax = np.zeros(scores.shape)
+        softmax[:, :vocabulary] = np.exp(real - lse[:, None])
+        wanted = weights[:, None] * ((1 + 2 * z_loss * lse)[:, None] * softmax - np.eye(columns)[targets])
+        operands = (jnp.asarray(part) for part in (scores, targets, weights))
+        nll_got, lse_got, got = native.cross_entropy(*operands, vocabulary, z_loss)
+        np.testing.assert_allclose(lse_got, lse, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(nll_got, lse - real[np.arange(9), targets], rtol=1e-6, atol=2e-6)
+        near(got, wanted, 1e-6)
+
+
+def near(got: jax.Array, wanted: np.ndarray, slack: float = 1e-5) -> None:
+    assert got.dtype == jnp.bfloat16
+    assert (np.abs(wide(got) - wanted) <= 2.0**-8 * np.abs(wanted) + slack).all()
 
 
 PROGRAM = """

@@ -98,6 +98,7 @@ def test_a_message_that_no_longer_fits_is_not_taken_in() -> None:
         notes = found.take("x" * WINDOW)
         assert notes.startswith("error: the prompt has ")
         assert f"the context holds {WINDOW}" in notes
+        assert "truncation" not in notes  # which is for bodies over HTTP
         assert notes.endswith("The message was not taken in; /undo or /clear makes room")
         assert found.talk.turns == before
         assert found.shown == ""

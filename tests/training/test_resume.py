@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -100,7 +101,8 @@ def test_a_second_signal_is_not_made_to_wait(micro: Micro, tmp_path: Path) -> No
     process.send_signal(signal.SIGCONT)
     done = end(process)
     assert done.code == 75, done.err
-    assert "SIGTERM: stopped at once" in done.err.splitlines()[-1]
+    # Which of two waiting signals a process is told of first is the system's choice.
+    assert re.search("SIG(INT|TERM): stopped at once", done.err.splitlines()[-1])
     assert time.monotonic() - begin < 45, "it waited for the checkpoint, which takes two minutes"
     assert command("checkpoint", "verify", run).code == 0
     assert command("train", "--resume", run).code == 0

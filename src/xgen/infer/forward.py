@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from xgen.infer.cache import Cache, LayerCache, read, write
 from xgen.infer.quantise import Quantised, Served, dense, plain, spread
@@ -110,7 +110,7 @@ def _attend(
     k = rotate(inward(x, w.key, w.key_bias, split), turns.cosine, turns.sine)
     v = inward(x, w.value, w.value_bias, split)
     pool = write(pool, k, v, *where)
-    if native.applies(q) and pool.value.dtype == jnp.uint16:
+    if native.attends_pages(q, pool.value):
         mixed = native.attend_pages(q, pool.key, pool.value, *where)
     else:
         mixed = over_pages(q, pool, where, turns.places)
@@ -142,6 +142,7 @@ def over_pages(
             scores = scores * block.key_scale[:, :, None, :]
         if masked:
             scores = jnp.where(index * page + jnp.arange(page) <= own, scores, _HIDDEN)
+            block = _written(block, index * page + jnp.arange(page) < (where.start + where.length)[:, None])
         higher = jnp.maximum(carried.peak, scores.max(axis=-1))
         weights, kept = jnp.exp(scores - higher[..., None]), jnp.exp(carried.peak - higher)
         mass = carried.mass * kept + weights.sum(axis=-1)
@@ -159,6 +160,13 @@ def over_pages(
     parted = (ended.mixed / ended.mass[..., None]).reshape(rows, kv_heads, -1, columns, size)
     result: Array = parted.transpose(0, 3, 1, 2, 4).reshape(q.shape)
     return result
+
+
+def _written(block: LayerCache, there: Bool[Array, "R N"]) -> LayerCache:
+    """`block` without what an earlier row left in its values: a weight of 0 does not hide what is not a number."""
+    if block.value_scale is None:
+        return replace(block, value=jnp.where(there[:, None, :, None], block.value, 0))
+    return replace(block, value_scale=jnp.where(there[:, None], block.value_scale, 0))
 
 
 class _Running(NamedTuple):

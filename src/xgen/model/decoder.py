@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
 
+from xgen.model import native
 from xgen.model.attention import attention
 from xgen.model.layers import PROJECTION, inward, mlp, norm, outward
 from xgen.model.linear import accumulator
@@ -44,7 +45,9 @@ def forward(
     places = Places(*angles(positions, segments, spec.model, accumulator(spec.dtype), spec.split), segments)
     x = embed(weights.embedding, ids, spec.dtype, spec.split)
     layer = _rematerialised(lambda x, w: (block(x, w, places, spec), None), remat)
-    x, _ = jax.lax.scan(layer, x, weights.block)
+    # XLA's CPU cannot put bfloat16 into the stack that a loop's backward pass reads from: it widens the whole stack to
+    # float32 and back for every layer. Without the loop there is no stack, and kernels are cheap to compile.
+    x, _ = jax.lax.scan(layer, x, weights.block, unroll=native.applies(x))
     return norm(x, weights.final_norm, weights.final_norm_bias, spec.model)
 
 

@@ -20,8 +20,26 @@ def norm(
     x: Float[Array, "*T D"], scale: Float[Array, " D"], bias: Float[Array, " D"] | None, model: Model
 ) -> Float[Array, "*T D"]:
     """RMSNorm (Zhang and Sennrich 2019), or LayerNorm when the table has a bias for it."""
+    if bias is None and native.applies(x):
+        return _rms_norm(x, scale.astype(jnp.float32), model.norm_epsilon)
     normed: Array = _norm(x, scale, bias, model.norm_epsilon)
     return normed
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+    return native.rms_norm(x, scale, epsilon)
+
+
+def _rms_norm_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple[Array, Array]]:
+    return _rms_norm(x, scale, epsilon), (x, scale)
+
+
+def _rms_norm_backward(epsilon: float, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    return native.rms_norm_gradients(*saved, gradient, epsilon)
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 # What has no product is cheaper to compute again than to keep: of a norm two float32 arrays, of SwiGLU three more.

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from xgen.model import native
 from xgen.model.linear import accumulator, dot, outer
 from xgen.model.split import ONE, Split, gather, scatter, total
 
@@ -64,16 +65,13 @@ def _loss_forward(
 
     def chunk(head_gradient: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         rows, target, weight = part
-        scores = _masked_logits(rows, narrow, real_vocab, split)
-        lse = _logsumexp(scores, split)
-        nll = lse - _picked(scores, target, split)
-        share = weight * (1 + 2 * z_loss * lse)
-        hit = _rows(scores, split) == target[:, None]
-        gradient = jnp.exp(scores - lse[:, None]) * share[:, None] - jnp.where(hit, weight[:, None], 0)
-        gradient = gradient.astype(x.dtype)
+        if native.applies(rows) and not split.tensor:
+            nll, lse, gradient = native.cross_entropy(dot(rows, narrow, 1, 0), target, weight, real_vocab, z_loss)
+        else:
+            nll, lse, gradient = _cross_entropy(rows, narrow, target, weight, real_vocab, z_loss, split)
         loss = jnp.sum(weight * (nll + z_loss * lse * lse))
         x_gradient = total(dot(gradient, narrow, 1, 1), split.tensor).astype(x.dtype)
-        return head_gradient + outer(rows, gradient), (loss, nll, x_gradient)
+        return outer(rows, gradient, head_gradient), (loss, nll, x_gradient)
 
     parts = _chunks((x, targets, weights), head.shape[1])
     head_gradient, (losses, nll, x_gradient) = jax.lax.scan(chunk, jnp.zeros(narrow.shape, wide), parts)
@@ -85,6 +83,19 @@ def _loss_forward(
     tokens = x.shape[0]
     saved = (x_gradient.reshape(-1, x.shape[1])[:tokens], head_gradient, weights)
     return (losses.sum(), nll.reshape(-1)[:tokens]), saved
+
+
+def _cross_entropy(
+    rows: Array, narrow: Array, target: Array, weight: Array, real_vocab: int, z_loss: float, split: Split
+) -> tuple[Array, Array, Array]:
+    """As `native.cross_entropy`, of this device's logits."""
+    scores = _masked_logits(rows, narrow, real_vocab, split)
+    lse = _logsumexp(scores, split)
+    nll = lse - _picked(scores, target, split)
+    share = weight * (1 + 2 * z_loss * lse)
+    hit = _rows(scores, split) == target[:, None]
+    gradient = jnp.exp(scores - lse[:, None]) * share[:, None] - jnp.where(hit, weight[:, None], 0)
+    return nll, lse, gradient.astype(rows.dtype)
 
 
 def _loss_backward(

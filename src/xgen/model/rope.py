@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from xgen.model import native
 from xgen.model.split import ONE, Split, gather, local_places, zigzag
 from xgen.recipe.schema import Model
 
@@ -119,7 +120,26 @@ def _document_lengths(positions: Int[Array, "B S"], segments: Int[Array, "B S"],
 def rotate(
     x: Float[Array, "B S H E"], cosine: Float[Array, "B S 1 P"], sine: Float[Array, "B S 1 P"]
 ) -> Float[Array, "B S H E"]:
-    """Turn each head's planes (x_i, x_{i + E/2}) by its position's angle; computed in the angles' type."""
+    """Turn each head's planes (x_i, x_{i + E/2}) by its position's angle; computed in the angles' type. The angles
+    have no gradient."""
+    if native.applies(x):
+        return _turned(x, cosine, sine)
     first, second = jnp.split(x.astype(cosine.dtype), 2, axis=-1)
     turned = jnp.concatenate([first * cosine - second * sine, first * sine + second * cosine], axis=-1)
     return turned.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _turned(x: Array, cosine: Array, sine: Array) -> Array:
+    return native.rotate(x, cosine, sine, backwards=False)
+
+
+def _turned_forward(x: Array, cosine: Array, sine: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _turned(x, cosine, sine), (cosine, sine)
+
+
+def _turned_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    return native.rotate(gradient, *saved, backwards=True), None, None
+
+
+_turned.defvjp(_turned_forward, _turned_backward)

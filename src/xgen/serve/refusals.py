@@ -17,12 +17,16 @@ PARAMETERS = {"adapter": "model", "top_logprobs": "logprobs"}
 RETRY_SECONDS = 1
 """After which an overloaded server may be asked again: a slot becomes free every few seconds at most."""
 
+OR_SHORTEN = ', or ask for "truncation"'
+"""The remedy of a prompt too long that only a body over HTTP has."""
+
 
 class RequestError(XgenError):
     """A request that is refused.
 
     `param` is the field at fault, dotted (messages.0.content); `code` a word for programs; `retry_after` seconds after
-    which it may go through; `numbers` stand beside the message in the answer.
+    which it may go through; `remedy` ends the message in an answer over HTTP, where a body may have such a field;
+    `numbers` stand beside the message in the answer.
     """
 
     def __init__(
@@ -33,10 +37,12 @@ class RequestError(XgenError):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        remedy: str = "",
         **numbers: int,
     ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code, self.retry_after, self.numbers = status, param, code, retry_after, numbers
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        self.remedy, self.numbers = remedy, numbers
 
     @property
     def kind(self) -> str:
@@ -44,7 +50,7 @@ class RequestError(XgenError):
 
     def body(self) -> dict[str, Any]:
         """The error object: {"error": {"message", "type", "param", "code", ...}}."""
-        told = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+        told = {"message": str(self) + self.remedy, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": told | self.numbers}
 
 
@@ -55,9 +61,10 @@ def refusal(error: XgenError, prompt: str = "prompt") -> RequestError:
     message = str(error)
     if isinstance(error, TooLong):
         return RequestError(
-            f'{message}, or ask for "truncation"',
+            message,
             param=prompt,
             code="context_length_exceeded",
+            remedy=OR_SHORTEN,
             prompt_tokens=error.prompt_tokens,
             max_tokens=error.max_tokens,
             context_length=error.context_length,

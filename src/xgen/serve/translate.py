@@ -248,9 +248,10 @@ class Translator:
             return self.window - len(ids)
         raise RequestError(
             f"the prompt has {len(ids)} tokens, and the context holds {self.window} with the answer; shorten the "
-            'prompt, or ask for "truncation"',
+            "prompt",
             param=param,
             code="context_length_exceeded",
+            remedy=OR_SHORTEN,
             prompt_tokens=len(ids),
             context_length=self.window,
         )

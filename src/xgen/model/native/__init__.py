@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt16
 
 from xgen.model.native.build import library, missing
@@ -18,10 +19,15 @@ __all__ = [
     "attend",
     "attend_gradients",
     "attend_pages",
+    "attends_pages",
+    "cross_entropy",
     "library",
     "missing",
     "multiply",
     "platform",
+    "rms_norm",
+    "rms_norm_gradients",
+    "rotate",
     "swiglu",
     "swiglu_gradients",
 ]
@@ -41,14 +47,33 @@ def applies(*operands: Array) -> bool:
     return narrow and platform() == "cpu" and library() is not None
 
 
+def attends_pages(q: Float[Array, "R C H E"], values: Array) -> bool:
+    """Whether `attend_pages` takes these: bfloat16 and a cache of its bits, or all float32 and one query a row."""
+    narrow = q.dtype == jnp.bfloat16 and values.dtype == jnp.uint16
+    wide = q.dtype == values.dtype == jnp.float32 and q.shape[1] == 1
+    return (narrow or wide) and platform() == "cpu" and library() is not None
+
+
 def multiply(
-    a: Float[Array, "_ _"], b: Float[Array, "_ _"], a_axis: int, b_axis: int, dtype: jnp.dtype
+    a: Float[Array, "_ _"],
+    b: Float[Array, "_ _"],
+    a_axis: int,
+    b_axis: int,
+    dtype: jnp.dtype,
+    base: Float[Array, "M N"] | None = None,
 ) -> Float[Array, "M N"]:
-    """Contract one axis of each bfloat16 matrix with float32 sums; the result in `dtype`, bfloat16 or float32."""
+    """Contract one axis of each bfloat16 matrix with float32 sums; the result in `dtype`, bfloat16 or float32.
+
+    `base`, float32, is added to it in its own place.
+    """
     shape = jax.ShapeDtypeStruct((a.shape[1 - a_axis], b.shape[1 - b_axis]), dtype)
-    call = jax.ffi.ffi_call("xgen_multiply", shape, vmap_method="sequential")
-    product: Array = call(a, b, a_turned=a_axis == 0, b_turned=b_axis == 1)
-    return product
+    turned = {"a_turned": a_axis == 0, "b_turned": b_axis == 1}
+    if base is None:
+        product: Array = jax.ffi.ffi_call("xgen_multiply", shape, vmap_method="sequential")(a, b, **turned)
+        return product
+    call = jax.ffi.ffi_call("xgen_multiply_add", shape, vmap_method="sequential", input_output_aliases={2: 0})
+    total: Array = call(a, b, base, **turned)
+    return total
 
 
 def attend(
@@ -80,14 +105,14 @@ def attend_gradients(
 
 def attend_pages(
     q: Float[Array, "R C H E"],
-    keys: UInt16[Array, "P K E N"],
-    values: UInt16[Array, "P K N E"],
+    keys: UInt16[Array, "P K E N"] | Float[Array, "P K E N"],
+    values: UInt16[Array, "P K N E"] | Float[Array, "P K N E"],
     table: Int[Array, "R M"],
     start: Int[Array, " R"],
     length: Int[Array, " R"],
 ) -> Float[Array, "R C H E"]:
-    """Causal attention of bfloat16 queries to the cached keys of their rows, which are given as bits; softmax and sums
-    in float32. What columns past a row's length get means nothing."""
+    """Causal attention of queries to the cached keys of their rows; softmax and sums in float32. What columns past a
+    row's length get means nothing. See `attends_pages` for the types."""
     call = jax.ffi.ffi_call("xgen_attend_pages", jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential")
     mixed: Array = call(q, keys, values, *(part.astype(jnp.int32) for part in (table, start, length)))
     return mixed
@@ -108,3 +133,46 @@ def swiglu_gradients(
     call = jax.ffi.ffi_call("xgen_swiglu_gradients", (shape, shape), vmap_method="sequential")
     gate_gradient, up_gradient = call(gate, up, gradient)
     return gate_gradient, up_gradient
+
+
+def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*T D"]:
+    """RMSNorm of bfloat16 with a float32 scale, computed in float32 and rounded once."""
+    call = jax.ffi.ffi_call("xgen_rms_norm", jax.ShapeDtypeStruct(x.shape, x.dtype), vmap_method="sequential")
+    normed: Array = call(x, scale, epsilon=np.float32(epsilon))
+    return normed
+
+
+def rms_norm_gradients(
+    x: Float[Array, "*T D"], scale: Float[Array, " D"], gradient: Float[Array, "*T D"], epsilon: float
+) -> tuple[Float[Array, "*T D"], Float[Array, " D"]]:
+    """Of `rms_norm`, with respect to its input, and in float32 to the scale."""
+    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(scale.shape, scale.dtype))
+    call = jax.ffi.ffi_call("xgen_rms_norm_gradients", shapes, vmap_method="sequential")
+    x_gradient, scale_gradient = call(x, scale, gradient, epsilon=np.float32(epsilon))
+    return x_gradient, scale_gradient
+
+
+def rotate(
+    x: Float[Array, "B S H E"], cosine: Float[Array, "B S 1 P"], sine: Float[Array, "B S 1 P"], backwards: bool
+) -> Float[Array, "B S H E"]:
+    """`xgen.model.rope.rotate` of bfloat16 by float32 angles, or its gradient, which turns `backwards`."""
+    call = jax.ffi.ffi_call("xgen_rotate", jax.ShapeDtypeStruct(x.shape, x.dtype), vmap_method="sequential")
+    turned: Array = call(x, cosine, sine, backwards=backwards)
+    return turned
+
+
+def cross_entropy(
+    scores: Float[Array, "C V"],
+    targets: Int[Array, " C"],
+    weights: Float[Array, " C"],
+    vocabulary: int,
+    z_loss: float,
+) -> tuple[Float[Array, " C"], Float[Array, " C"], Float[Array, "C V"]]:
+    """Of float32 logits, of which those past `vocabulary` are none: each row's negative log-likelihood of its target,
+    its log-sum-exp, and the bfloat16 gradient of weight x (nll + z_loss x lse^2)."""
+    each = jax.ShapeDtypeStruct(targets.shape, jnp.float32)
+    shapes = (each, each, jax.ShapeDtypeStruct(scores.shape, jnp.bfloat16))
+    call = jax.ffi.ffi_call("xgen_cross_entropy", shapes, vmap_method="sequential")
+    settings = {"vocabulary": np.int64(vocabulary), "z_loss": np.float32(z_loss)}
+    nll, lse, gradient = call(scores, targets.astype(jnp.int32), weights, **settings)
+    return nll, lse, gradient

@@ -16,15 +16,20 @@ import jax
 
 from xgen.folders import cache_folder
 
-SOURCES = ("products.cc", "attention.cc", "pages.cc", "elementwise.cc")
+SOURCES = ("products.cc", "attention.cc", "pages.cc", "elementwise.cc", "rows.cc")
 HEADERS = ("tiles.h", "softmax.h")
 TARGETS = (
     "xgen_multiply",
+    "xgen_multiply_add",
     "xgen_attend",
     "xgen_attend_gradients",
     "xgen_attend_pages",
     "xgen_swiglu",
     "xgen_swiglu_gradients",
+    "xgen_rms_norm",
+    "xgen_rms_norm_gradients",
+    "xgen_rotate",
+    "xgen_cross_entropy",
 )
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16")
 """Of the processor, as /proc/cpuinfo names them."""

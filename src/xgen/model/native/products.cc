@@ -80,7 +80,8 @@ constexpr int64_t kFewest = 8;
 struct Product {
   Matrix a, b;
   void* c;
-  bool wide;  // C is float32, else bfloat16
+  const float* base;  // what C, in float32, is the sum with; null where there is nothing to add
+  bool wide;          // C is float32, else bfloat16
   int64_t rows, columns;  // of C, that a task computes
 
   // C[m0:m1, n0:n1]
@@ -123,6 +124,11 @@ struct Product {
 
   void write(const float* from, int64_t m, int64_t n0, int64_t n1) const {
     const int64_t at = m * b.columns;
+    if (base) {
+      float* to = static_cast<float*>(c) + at;
+      for (int64_t n = n0; n < n1; ++n) to[n] = base[at + n] + from[n - n0];
+      return;
+    }
     if (wide) {
       std::memcpy(static_cast<float*>(c) + at + n0, from, (n1 - n0) * sizeof(float));
       return;
@@ -134,12 +140,13 @@ struct Product {
   }
 };
 
-ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> c, bool a_turned,
-                    bool b_turned) {
+ffi::Error product_of(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, const float* base,
+                      ffi::Result<ffi::AnyBuffer> c, bool a_turned, bool b_turned) {
   const auto at = a.dimensions(), bt = b.dimensions();
   Product product{{reinterpret_cast<const bf16*>(a.untyped_data()), at[a_turned], at[1 - a_turned], a_turned},
                   {reinterpret_cast<const bf16*>(b.untyped_data()), bt[b_turned], bt[1 - b_turned], b_turned},
                   c->untyped_data(),
+                  base,
                   c->element_type() == ffi::DataType::F32,
                   0,
                   0};
@@ -163,12 +170,32 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ff
   return ffi::Error::Success();
 }
 
+ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> c, bool a_turned,
+                    bool b_turned) {
+  return product_of(pool, a, b, nullptr, c, a_turned, b_turned);
+}
+
+ffi::Error multiply_add(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer base,
+                        ffi::Result<ffi::AnyBuffer> c, bool a_turned, bool b_turned) {
+  return product_of(pool, a, b, static_cast<const float*>(base.untyped_data()), c, a_turned, b_turned);
+}
+
 }  // namespace
 }  // namespace xgen
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(xgen_multiply, xgen::multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<bool>("a_turned")
+                                  .Attr<bool>("b_turned"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(xgen_multiply_add, xgen::multiply_add,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
