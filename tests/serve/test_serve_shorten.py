@@ -31,8 +31,9 @@ def test_a_chat_is_shortened_to_fit_and_only_in_its_longest_user_message(rule: s
     short = {"role": "user", "content": "short"}
     system = {"role": "system", "content": "s" * 30}
     body = {"messages": [system, {"role": "user", "content": text}, short], "max_tokens": 16}
-    with pytest.raises(RequestError, match="truncation"):
+    with pytest.raises(RequestError) as refused:
         translator().chat(body)
+    assert refused.value.body()["error"]["message"].endswith('; shorten the prompt, or ask for "truncation"')
     found = translator().chat(body | {"truncation": {"rule": rule}})
     (request,) = found.requests
     assert WINDOW - 16 - 8 <= len(request.ids) <= WINDOW - 16

@@ -13,7 +13,7 @@ from xgen.errors import DataError, XgenError
 from xgen.infer.check import check as check_request
 from xgen.infer.request import Request, Sampling
 from xgen.serve.bodies import check, quoted
-from xgen.serve.refusals import RequestError, refusal
+from xgen.serve.refusals import OR_SHORTEN, RequestError, refusal
 from xgen.serve.schemas import (
     MOST_CHOICES,
     ChatBody,
