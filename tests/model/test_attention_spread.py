@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from xgen.errors import RecipeError
-from xgen.model.attention import attention
+from xgen.model.attention import BACKENDS, attention
 
 FLOAT32 = 1e-5
 FLOAT64 = 1e-10
@@ -87,6 +88,8 @@ ARRAYS = (*[jnp.zeros((1, 4, 2, 8))] * 3, jnp.zeros((1, 4), jnp.int32))
     ("choice", "message"),
     [
         ({"backend": "splash"}, "splash is for TPUs, and this is cpu"),
+        ({"backend": "cudnn"}, "cudnn is for GPUs, and this is cpu"),
+        ({"backend": "cudnn", "context": ("context",)}, "'cudnn' wants whole sequences on a device"),
         ({"backend": "reference", "context": ("context",), "exchange": "ring"}, "not by 'reference'"),
         ({"context": ("context",), "exchange": "post"}, "'post' is not known; use 'gather' or 'ring'"),
     ],
@@ -94,3 +97,21 @@ ARRAYS = (*[jnp.zeros((1, 4, 2, 8))] * 3, jnp.zeros((1, 4), jnp.int32))
 def test_what_cannot_be_had_is_refused(choice, message):
     with pytest.raises(RecipeError, match=message):
         attention(*ARRAYS, **choice)
+
+
+@pytest.mark.parametrize(
+    ("columns", "size", "precision", "chosen"),
+    [
+        (8192, 128, "bfloat16", "cudnn"),
+        (8193, 128, "bfloat16", "blockwise"),
+        (64, 132, "bfloat16", "blockwise"),
+        (64, 64, "float32", "blockwise"),
+    ],
+)
+def test_a_gpu_takes_cudnn_where_it_fits(monkeypatch, columns, size, precision, chosen):
+    taken = []
+    monkeypatch.setattr("xgen.model.attention.platform", lambda: "gpu")
+    for name in ("cudnn", "blockwise", "splash"):
+        monkeypatch.setitem(BACKENDS, name, lambda *_, name=name: taken.append(name))
+    attention(*[jax.ShapeDtypeStruct((1, columns, 2, size), precision)] * 3, None)
+    assert taken == [chosen]

@@ -17,7 +17,7 @@ from small_models import SCALINGS, batch_of, exact, quick_jit, relative_error, s
 
 from xgen.model import as_dict, forward, logits, nll, objective
 from xgen.model import loss as loss_module
-from xgen.model.attention import attention
+from xgen.model.attention import attention, cudnn
 from xgen.model.attention import tiles as attention_module
 from xgen.model.layers import mlp, norm
 from xgen.model.linear import project
@@ -109,6 +109,8 @@ def test_mlp(precision, gated, biased):
 
 
 FOUND = {name: partial(attention, backend=name) for name in ("blockwise", "reference")}
+# The same call and masks as on a GPU, which is not here.
+FOUND["cudnn"] = partial(cudnn, implementation="xla")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +122,8 @@ FOUND = {name: partial(attention, backend=name) for name in ("blockwise", "refer
         ("blockwise", 2, "bfloat16"),
         ("reference", 2, "float32"),
         ("reference", 2, "bfloat16"),
+        ("cudnn", 2, "float32"),
+        ("cudnn", 1, "bfloat16"),
     ],
 )
 def test_attention(monkeypatch, backend, kv_heads, precision):

@@ -84,6 +84,7 @@ class Attention(StrEnum):
     REFERENCE = "reference"
     BLOCKWISE = "blockwise"
     SPLASH = "splash"
+    CUDNN = "cudnn"
 
 
 Shapes = Annotated[

@@ -44,10 +44,11 @@ def forward(
     weights = _with_whole_vectors(weights, spec.split)
     places = Places(*angles(positions, segments, spec.model, accumulator(spec.dtype), spec.split), segments)
     x = embed(weights.embedding, ids, spec.dtype, spec.split)
-    layer = _rematerialised(lambda x, w: (block(x, w, places, spec), None), remat)
     # XLA's CPU cannot put bfloat16 into the stack that a loop's backward pass reads from: it widens the whole stack to
     # float32 and back for every layer. Without the loop there is no stack, and kernels are cheap to compile.
-    x, _ = jax.lax.scan(layer, x, weights.block, unroll=native.applies(x))
+    loop = not native.applies(x)
+    layer = _rematerialised(lambda x, w: (block(x, w, places, spec), None), remat, loop)
+    x, _ = jax.lax.scan(layer, x, weights.block, unroll=not loop)
     return norm(x, weights.final_norm, weights.final_norm_bias, spec.model)
 
 
@@ -125,12 +126,14 @@ def attend(x: Float[Array, "B S D"], w: Block, at: Places, spec: Spec) -> Float[
     return outward(flat, w.output.reshape(flat.shape[-1], -1), w.output_bias, split)
 
 
-def _rematerialised(layer: Callable[..., tuple[Array, None]], remat: str) -> Callable[..., tuple[Array, None]]:
+def _rematerialised(
+    layer: Callable[..., tuple[Array, None]], remat: str, loop: bool
+) -> Callable[..., tuple[Array, None]]:
     if remat == "none":
         return layer
     keep = jax.checkpoint_policies.save_only_these_names(PROJECTION) if remat == "dots" else None
-    # The scan around the layer already keeps XLA from merging the recomputation away.
-    wrapped: Callable[..., tuple[Array, None]] = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+    # A loop around the layer already keeps XLA from merging the recomputation away.
+    wrapped: Callable[..., tuple[Array, None]] = jax.checkpoint(layer, policy=keep, prevent_cse=not loop)
     return wrapped
 
 

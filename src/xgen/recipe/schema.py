@@ -175,7 +175,7 @@ class Stage(Section):
 
 class Compute(Section):
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Literal["auto", "reference", "blockwise", "splash"] = "auto"
+    attention: Literal["auto", "reference", "blockwise", "splash", "cudnn"] = "auto"
     exchange: Literal["gather", "ring"] = "gather"
     """Of keys and values between the context parts of a mesh: all at once, or one part's after the other."""
 

@@ -69,7 +69,7 @@ EXAMPLE = "d512 L8 h8 ff1376 V8192"
 
 Precision = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "block"]
-Attention = Literal["auto", "reference", "blockwise", "splash"]
+Attention = Literal["auto", "reference", "blockwise", "splash", "cudnn"]
 
 _SIZE = re.compile(rf"({'|'.join(SIZES)})([1-9][0-9]*)")
 _CHILD = "import sys; from xgen.training.timing import child; child(sys.argv[1:])"

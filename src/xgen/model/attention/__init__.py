@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from xgen.model.linear import accumulator
 from xgen.model.native import platform
 from xgen.model.split import local_places
 
-__all__ = ["BACKENDS", "BLOCK", "attention", "blockwise", "reference"]
+__all__ = ["BACKENDS", "BLOCK", "attention", "blockwise", "cudnn", "reference"]
 
 
 def attention(
@@ -35,9 +36,8 @@ def attention(
     """Softmax(q k / sqrt(E)) v under the causal and the segment mask.
 
     `backend`: "reference" holds all S x S scores; "blockwise" holds BLOCK x BLOCK of one key head at a time, forward
-    and backward; "splash" is the TPU's kernel; "auto" is splash where the program is for a TPU (`native.platform`) and
-    blockwise elsewhere. On GPUs too: cuDNN's attention, as JAX offers it, knows documents only from a mask of all
-    S x S pairs.
+    and backward; "splash" is the TPU's kernel; "cudnn" is the GPU's. "auto" is splash where the program is for a TPU
+    (`native.platform`), cudnn where it is for a GPU and `_suits_cudnn`, and blockwise elsewhere.
 
     `context`: inside `jax.shard_map`, the mesh axes over which columns are spread, in the order of
     `xgen.model.split.zigzag`; S is then one device's columns. `exchange` says how keys reach the queries: "gather", or
@@ -45,7 +45,8 @@ def attention(
     RecipeError for a backend or exchange that cannot be had.
     """
     if not context:
-        return BACKENDS[backend](q, k, v, segments)
+        chosen = _auto(q) if backend == "auto" else backend
+        return BACKENDS[chosen](q, k, v, segments)
     chosen = _auto() if backend == "auto" else backend
     if exchange == "ring":
         if backend not in ("auto", "blockwise"):
@@ -56,11 +57,33 @@ def attention(
         return ringed(q, k, v, segments, context)
     if exchange != "gather":
         raise RecipeError(f"compute.exchange: {exchange!r} is not known; use 'gather' or 'ring'")
+    if chosen not in GATHERED:
+        raise RecipeError(f"compute.attention: {chosen!r} wants whole sequences on a device; use 'auto' or 'blockwise'")
     return GATHERED[chosen](q, k, v, segments, context)
 
 
-def _auto() -> str:
+def _auto(whole: Array | None = None) -> str:
+    """`whole`: the queries, where a device has all columns of its rows."""
+    if platform() == "gpu":
+        return "cudnn" if whole is not None and _suits_cudnn(whole) else "blockwise"
     return "splash" if platform() == "tpu" else "blockwise"
+
+
+CUDNN_COLUMNS = 8192
+"""cuDNN knows documents, as JAX offers it, only from a bias of all pairs: 128 MiB a row here, and past it too much."""
+
+
+def _suits_cudnn(q: Float[Array, "B S H E"]) -> bool:
+    return q.dtype == jnp.bfloat16 and q.shape[1] <= CUDNN_COLUMNS and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+
+
+def cudnn(q: Array, k: Array, v: Array, segments: Array, implementation: Literal["xla", "cudnn"] = "cudnn") -> Array:
+    """cuDNN's flash attention. `implementation` "xla" computes the same anywhere, in the memory of all pairs."""
+    if implementation == "cudnn" and platform() != "gpu":
+        raise RecipeError(f"compute.attention: cudnn is for GPUs, and this is {platform()}; use 'auto' or 'blockwise'")
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    out: Array = jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation=implementation)
+    return out
 
 
 def reference(q: Array, k: Array, v: Array, segments: Array) -> Array:
@@ -96,7 +119,7 @@ BACKENDS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
     "reference": reference,
     "blockwise": blockwise,
     "splash": _splash,
-    "auto": lambda q, k, v, segments: BACKENDS[_auto()](q, k, v, segments),
+    "cudnn": cudnn,
 }
 
 GATHERED: dict[str, Callable[[Array, Array, Array, Array, tuple[str, ...]], Array]] = {

@@ -74,32 +74,53 @@ struct Narrow : Pages<bf16> {
   static void put(const float* sum, float factor, int64_t count, bf16* to) { scaled(sum, factor, count, to); }
 };
 
-// C[R, columns] of A[R, depth] and B[depth, columns], at most 64 columns.
-template <int R>
+// C[R, columns] of A[R, depth] and B[depth, columns], at most 16 V columns. B is read once, as it lies.
+template <int R, int V>
 void wide_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, int64_t columns, float* c,
                int64_t c_stride, bool add) {
-  __m512 sums[R][4];
-  __mmask16 masks[4];
-  for (int v = 0; v < 4; ++v) masks[v] = first(std::clamp<int64_t>(columns - 16 * v, 0, 16));
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < 4; ++v) sums[r][v] = add ? _mm512_maskz_loadu_ps(masks[v], c + r * c_stride + 16 * v) : _mm512_setzero_ps();
-  for (int64_t k = 0; k < depth; ++k) {
-    __m512 right[4];
-    for (int v = 0; v < 4; ++v) right[v] = _mm512_maskz_loadu_ps(masks[v], b + k * b_stride + 16 * v);
+  constexpr int64_t kAhead = 4096 / (16 * V);  // of B, in rows: what the processor does not foresee past a page's end
+  __m512 sums[R][V];
+  __mmask16 masks[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    masks[v] = first(std::clamp<int64_t>(columns - 16 * v, 0, 16));
+#pragma GCC unroll 3
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < 4; ++v) sums[r][v] = _mm512_fmadd_ps(_mm512_set1_ps(a[r * a_stride + k]), right[v], sums[r][v]);
+      sums[r][v] = add ? _mm512_maskz_loadu_ps(masks[v], c + r * c_stride + 16 * v) : _mm512_setzero_ps();
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < 4; ++v) _mm512_mask_storeu_ps(c + r * c_stride + 16 * v, masks[v], sums[r][v]);
+  for (int64_t k = 0; k < depth; ++k) {
+    const float* row = b + k * b_stride;
+    __m512 left[R];
+#pragma GCC unroll 3
+    for (int r = 0; r < R; ++r) left[r] = _mm512_set1_ps(a[r * a_stride + k]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      _mm_prefetch(row + kAhead * b_stride + 16 * v, _MM_HINT_T0);
+      const __m512 right = _mm512_maskz_loadu_ps(masks[v], row + 16 * v);
+#pragma GCC unroll 3
+      for (int r = 0; r < R; ++r) sums[r][v] = _mm512_fmadd_ps(left[r], right, sums[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v)
+#pragma GCC unroll 3
+    for (int r = 0; r < R; ++r) _mm512_mask_storeu_ps(c + r * c_stride + 16 * v, masks[v], sums[r][v]);
+}
+
+template <int V>
+void wide_columns(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
+                  int64_t columns, float* c, int64_t c_stride, bool add) {
+  constexpr decltype(&wide_tile<1, V>) kTiles[] = {wide_tile<1, V>, wide_tile<2, V>, wide_tile<3, V>};
+  for (int64_t n = 0; n < columns; n += 16 * V)
+    for (int64_t r = 0; r < rows; r += 3)
+      kTiles[std::min<int64_t>(rows - r, 3) - 1](a + r * a_stride, a_stride, b + n, b_stride, depth,
+                                                 std::min<int64_t>(columns - n, 16 * V), c + r * c_stride + n, c_stride, add);
 }
 
 void wide_product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
                   int64_t columns, float* c, int64_t c_stride, bool add) {
-  constexpr decltype(&wide_tile<1>) kTiles[] = {wide_tile<1>, wide_tile<2>, wide_tile<3>, wide_tile<4>};
-  for (int64_t r = 0; r < rows; r += 4)
-    for (int64_t n = 0; n < columns; n += 64)
-      kTiles[std::min<int64_t>(rows - r, 4) - 1](a + r * a_stride, a_stride, b + n, b_stride, depth,
-                                                 std::min<int64_t>(columns - n, 64), c + r * c_stride + n, c_stride, add);
+  const auto run = columns > 64 ? wide_columns<8> : wide_columns<4>;
+  run(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride, add);
 }
 
 struct Wide : Pages<float> {
