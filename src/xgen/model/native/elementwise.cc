@@ -23,8 +23,6 @@ void stretches(ffi::ThreadPool& pool, int64_t count, Each each) {
   });
 }
 
-bf16* out(ffi::Result<ffi::AnyBuffer> buffer) { return static_cast<bf16*>(buffer->untyped_data()); }
-
 ffi::Error swiglu(ffi::ThreadPool pool, ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::Result<ffi::AnyBuffer> result) {
   stretches(pool, gate.element_count(), [&](int64_t at, __mmask16 mask) {
     const __m512 g = widen(in(gate) + at, mask), u = widen(in(up) + at, mask);

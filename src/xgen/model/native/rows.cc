@@ -18,8 +18,6 @@ const float* floats(const ffi::AnyBuffer& buffer) { return static_cast<const flo
 
 float* floats(ffi::Result<ffi::AnyBuffer>& buffer) { return static_cast<float*>(buffer->untyped_data()); }
 
-bf16* narrows(ffi::Result<ffi::AnyBuffer>& buffer) { return static_cast<bf16*>(buffer->untyped_data()); }
-
 // 1 / sqrt(mean of squares + epsilon)
 float inverse_root(const bf16* x, int64_t size, float epsilon) {
   __m512 sum = _mm512_setzero_ps();
@@ -50,7 +48,7 @@ ffi::Error rms_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale
     for (int64_t at = 0; at < size; at += 16) {
       const __mmask16 mask = left(size - at);
       const __m512 normed = _mm512_mul_ps(widen(from + at, mask), root);
-      narrow(_mm512_mul_ps(normed, _mm512_maskz_loadu_ps(mask, floats(scale) + at)), narrows(result) + row * size + at, mask);
+      narrow(_mm512_mul_ps(normed, _mm512_maskz_loadu_ps(mask, floats(scale) + at)), out(result) + row * size + at, mask);
     }
   });
   return ffi::Error::Success();
@@ -81,7 +79,7 @@ ffi::Error rms_norm_gradients(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
       const __mmask16 mask = left(size - at);
       const __m512 h = _mm512_mul_ps(widen(above + at, mask), _mm512_maskz_loadu_ps(mask, floats(scale) + at));
       const __m512 value = _mm512_fnmadd_ps(widen(from + at, mask), back, _mm512_mul_ps(r, h));
-      narrow(value, narrows(x_gradient) + row * size + at, mask);
+      narrow(value, out(x_gradient) + row * size + at, mask);
     }
   });
   for (int64_t at = 0; at < size; at += 16) {
@@ -105,8 +103,8 @@ ffi::Error rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer cosine,
       for (int64_t head = 0; head < heads; ++head) {
         const int64_t place = (row * heads + head) * size + at;
         const __m512 a = widen(in(x) + place, mask), b = widen(in(x) + place + half, mask);
-        narrow(_mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), narrows(result) + place, mask);
-        narrow(_mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)), narrows(result) + place + half, mask);
+        narrow(_mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), out(result) + place, mask);
+        narrow(_mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)), out(result) + place + half, mask);
       }
     }
   });
@@ -141,7 +139,7 @@ ffi::Error cross_entropy(ffi::ThreadPool pool, ffi::AnyBuffer scores, ffi::AnyBu
     floats(nll)[row] = peak - from[target] + mass;
     const float weight = floats(weights)[row];
     const __m512 share = _mm512_set1_ps(weight * (1 + 2 * z_loss * whole) * std::exp(-mass));
-    bf16* to = narrows(gradient) + row * columns;
+    bf16* to = out(gradient) + row * columns;
     for (int64_t at = 0; at < columns; at += 16) {
       const __mmask16 mask = left(columns - at), real = vocabulary > at ? left(vocabulary - at) : 0;
       const __m512 power = power_of_two(_mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(real, from + at), most), log2e));

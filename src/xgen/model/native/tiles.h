@@ -220,6 +220,8 @@ inline __m512 power_of_two(__m512 x) {
 
 inline const bf16* in(const xla::ffi::AnyBuffer& buffer) { return static_cast<const bf16*>(buffer.untyped_data()); }
 
+inline bf16* out(xla::ffi::Result<xla::ffi::AnyBuffer>& buffer) { return static_cast<bf16*>(buffer->untyped_data()); }
+
 constexpr float kLog2E = 1.4426950408889634f;
 
 inline __m512 widen(const bf16* from, __mmask16 mask) {
