@@ -1,7 +1,7 @@
 """The trainer's step beside other people's: the same shape, batch, precision and optimizer, the same machine, in turn.
 
     python benchmarks/peers/run.py [--shape "d512 L8 h8 ff1376 V8192"] [--shape xgen-125m] [--length 2048]
-        [--peer transformers] [--rounds 3] [--steps 5] [--json FILE]
+        [--peer transformers] [--variant eager] [--rounds 3] [--steps 5] [--json FILE]
 
 One JSON object a line for each shape, length and peer. `ours` and `peer`: tokens a second, the median over the rounds
 of the median over a process's steps. `ratio` = ours / peer; `ratio_low` and `ratio_high`: of single rounds.
@@ -10,8 +10,8 @@ processors that anything else kept busy meanwhile; figures are worth keeping whe
 
 A round measures ours and the peer right after one another, each in a process of its own: it builds, warms up, then
 steps; who is first changes, so that a machine whose speed drifts favours nobody. Peers can be run in two ways; the
-first round tries both, and the faster counts (`variants` has what each did). All have float32 weights, compute in
-bfloat16, clip, and step AdamW over the same random tokens, again and again.
+first round tries both (or those that `--variant` names), and the faster counts (`variants` has what each did). All have
+float32 weights, compute in bfloat16, clip, and step AdamW over the same random tokens, again and again.
 
 The comparison is refused, with an error, where the models do not have the same number of parameters, a first loss is
 not that of a model that knows nothing, or one does not learn its batch. A process that fails or is killed is told of in
@@ -64,6 +64,7 @@ class Beside:
     recipe: Recipe
     work: Work
     peer: str
+    variants: tuple[str, ...]
     pythons: dict[str, Path]
     rounds: int
 
@@ -95,7 +96,7 @@ class Beside:
 
     def line(self) -> dict[str, Any]:
         """All rounds, in a line."""
-        first = {variant: self.measured(variant) for variant in ("", *VARIANTS[self.peer])}
+        first = {variant: self.measured(variant) for variant in ("", *self.variants)}
         ours, tried = [first.pop("")], first
         whole = {variant: found for variant, found in tried.items() if "error" not in found}
         if "error" in ours[0] or not whole:
@@ -212,9 +213,18 @@ def work_of(recipe: Recipe, warm_up: int, steps: int) -> Work:
     )
 
 
+def variants_of(peer: str, chosen: Sequence[str]) -> tuple[str, ...]:
+    """The chosen ways to run `peer`, all where none is chosen. Raises SystemExit when none of them is the peer's."""
+    found = tuple(variant for variant in VARIANTS[peer] if not chosen or variant in chosen)
+    if not found:
+        raise SystemExit(f"--variant {' '.join(chosen)}: {peer} is run as {' or '.join(VARIANTS[peer])}")
+    return found
+
+
 def cases(options: argparse.Namespace) -> Iterator[Beside]:
     chosen = dict(one.split("=", 1) for one in options.python)
     pythons = {peer: python_of(peer, options.environments, chosen.get(peer)) for peer in options.peer or VARIANTS}
+    variants = {peer: variants_of(peer, options.variant) for peer in pythons}
     choice = Choice(batch=options.batch, precision="bfloat16", remat=options.remat)
     for shape in options.shape or SHAPES:
         whole = read_shape(shape)
@@ -222,7 +232,8 @@ def cases(options: argparse.Namespace) -> Iterator[Beside]:
             recipe = at_length(whole, length, choice)
             work = work_of(recipe, options.warm_up, options.steps)
             for peer in pythons:
-                yield Beside(shape, recipe, work, peer, pythons | {"ours": Path(sys.executable)}, options.rounds)
+                ours = {"ours": Path(sys.executable)}
+                yield Beside(shape, recipe, work, peer, variants[peer], pythons | ours, options.rounds)
 
 
 def main() -> None:
@@ -230,6 +241,13 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="a recipe, or sizes; may be given again (default: both)")
     parser.add_argument("--length", action="append", type=int, help="tokens; may be given again (default: four)")
     parser.add_argument("--peer", action="append", choices=VARIANTS, help="may be given again (default: all)")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        choices=sorted({variant for ways in VARIANTS.values() for variant in ways}),
+        help="a way to run the peers; may be given again (default: both that each has)",
+    )
     parser.add_argument("--batch", type=int, help="sequences (default: 8,192 tokens, or one sequence if longer)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="timed, in each process")

@@ -43,8 +43,12 @@ def test_without_a_key_the_page_says_so_and_asks_only_when_told_to(reader):
 def test_a_busy_server_is_asked_again_after_the_time_it_names(reader):
     refusal = (429, {"message": "the queue is full"}, {"retry-after": "2"})
     reader.server.script = Script(refusals=[refusal])
-    reader.open().say("Hello")
+    reader.open().put("Hello")
+    # Not `say`, which returns once the server has taken the request: by then the wait is over.
+    reader.press(Keys.ENTER)
     until(lambda: "The server is busy. Trying again in" in reader.text(".stage"), "the wait")
+    assert reader.server.asked == []
+    until(lambda: reader.server.asked, "the second request")
     assert reader.reply() == "Hello there."
     reader.assert_clean(REFUSED)
 
