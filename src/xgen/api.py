@@ -83,7 +83,7 @@ def train(
     processes = world or World()
     with signals.installed():
         use_compilation_cache()
-        processes.agree("the recipe", wanted.model_dump(mode="json"))
+        _agree(processes, wanted)
         with _Tasks(watched) as tasks:
             opened = create(wanted, Path(run), Path.cwd(), tasks.report, model, processes)
         _record_start(opened)
@@ -118,7 +118,7 @@ def resume(
     with signals.installed():
         use_compilation_cache()
         processes = world or World()
-        processes.agree("the recipe", wanted.model_dump(mode="json"))
+        _agree(processes, wanted)
         opened = reopen(wanted, folder, processes)
         damaged: list[str] = []
         state, clock = restore(opened, damaged.append)
@@ -210,6 +210,19 @@ def sources_override(data: Iterable[str]) -> list[str]:
     if any(is_store(Path(place)) for _, _, place in named):
         overrides.append("tokenizer.name=store")
     return overrides
+
+
+def _agree(processes: World, wanted: Recipe) -> None:
+    """Raise ProcessesError when the processes have different recipes, or would compile different programs for it: with
+    kernels of our own the layers are no loop."""
+    from xgen.model import native
+
+    processes.agree("the recipe", wanted.model_dump(mode="json"))
+    if wanted.compute.precision == "bfloat16" and native.platform() == "cpu":
+        with processes.busy("building kernels"):
+            there = native.library() is not None
+        by = "xgen's kernels" if there else "XLA alone (docs/performance.md says when)"
+        processes.agree("arithmetic", {"what computes bfloat16": by})
 
 
 def _finish(run: Run, state: State, clock: Clock, watched: Display, signals: Signals, begin: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from synthetic import recipe_of, stage
 
-from xgen.data import sources
+from xgen.data import corpora, sources
 from xgen.data.corpora import open_sources, reopen_sources
 from xgen.data.prepare import prepare
 from xgen.data.reader import Reader
@@ -89,6 +89,51 @@ def test_the_tokenizer_is_trained_on_the_training_documents_of_all_sources(base:
         (name, store.train.name(index)) for name, store in stores.items() for index in range(store.train.documents)
     }
     assert len(names) == len(texts)
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("a tokenizer is learnt that was learnt before")
+
+
+def test_another_run_does_not_learn_the_tokenizer_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores, first = open_sources(recipe(one="one"), base, base / "work")
+    monkeypatch.setattr(corpora, "choose_tokenizer", refuse)
+    others, second = open_sources(recipe(one="one"), base, base / "other")
+    assert second.name == first.name == "bpe:300"
+    assert second.fingerprint == first.fingerprint
+    assert others["one"].fingerprint == stores["one"].fingerprint
+    assert (base / "work/tokenizer.json").read_bytes() == (base / "other/tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["text", "size", "held_out", "library"])
+def test_a_tokenizer_that_would_be_another_is_learnt(base: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    open_sources(recipe(one="one"), base, base / "work")
+    changed = recipe(one="one")
+    match change:
+        case "text":
+            (base / "one/3.txt").write_text("another text altogether")
+        case "size":
+            changed = recipe("bpe:290", one="one")
+        case "held_out":
+            changed = changed.model_copy(update={"data": changed.data.model_copy(update={"held_out": 0.5})})
+        case "library":
+            monkeypatch.setattr(corpora.tokenizers, "__version__", "another")
+    monkeypatch.setattr(corpora, "choose_tokenizer", refuse)
+    with pytest.raises(AssertionError, match="learnt before"):
+        open_sources(changed, base, base / "other")
+
+
+def test_a_damaged_cache_or_none_costs_time_only(base: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = open_sources(recipe(one="one"), base, base / "work")
+    (kept,) = (own_cache / "xgen/tokenizers").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2])
+    _, second = open_sources(recipe(one="one"), base, base / "second")
+    assert kept.read_bytes() == whole
+    (base / "file").touch()
+    monkeypatch.setenv("XGEN_CACHE", str(base / "file"))
+    _, third = open_sources(recipe(one="one"), base, base / "third")
+    assert first.fingerprint == second.fingerprint == third.fingerprint
 
 
 def test_embedded_held_out_documents_never_reach_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import unwrap
 from pathlib import Path
 
 import jax
@@ -20,6 +21,9 @@ from xgen.model.linear import dot, outer
 Attend = Callable[..., jax.Array]
 
 HERE = pytest.mark.skipif(native.library() is None, reason=f"no kernels on this machine: {native.missing()}")
+
+
+F32 = jnp.dtype(jnp.float32)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -57,13 +61,22 @@ class TestProducts:
             together = jax.jit(outer, donate_argnums=2)(x, y, jnp.array(base))
             assert (together == base + apart).all(), (tokens, rows, columns)
 
-    def test_a_row_is_the_same_in_any_company(self) -> None:
+    @pytest.mark.parametrize("depth", [200, 600, 1101, 1536])
+    @pytest.mark.parametrize("b_axis", [0, 1])
+    def test_a_row_is_the_same_in_any_company(self, depth: int, b_axis: int) -> None:
         rng = np.random.default_rng(1)
-        a, b = jnp.asarray(normal(rng, 40, 200)), jnp.asarray(normal(rng, 200, 300))
-        whole = native.multiply(a, b, 1, 0, jnp.dtype(jnp.float32))
+        a, b = normal(rng, 40, depth), jnp.asarray(normal(rng, *((300, depth) if b_axis else (depth, 300))))
+        whole = native.multiply(jnp.asarray(a), b, 1, b_axis, jnp.dtype(jnp.float32))
         for rows in (1, 2, 3, 5, 8, 9, 12, 31):
-            part = native.multiply(a[7 : 7 + rows], b, 1, 0, jnp.dtype(jnp.float32))
+            part = native.multiply(jnp.asarray(a[7 : 7 + rows]), b, 1, b_axis, jnp.dtype(jnp.float32))
             assert (part == whole[7 : 7 + rows]).all(), rows
+
+    def test_what_has_no_product_is_refused(self) -> None:
+        for rows, depth in [(9, 0), (1, 0), (9, 4)]:
+            with pytest.raises(jax.errors.JaxRuntimeError, match="no such product"):
+                native.multiply(jnp.ones((rows, depth), jnp.bfloat16), jnp.ones((0, 4), jnp.bfloat16), 1, 0, F32)
+        none = native.multiply(jnp.ones((0, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.bfloat16), 1, 0, F32)
+        assert none.shape == (0, 4)
 
     def test_the_model_s_product_takes_it_for_bfloat16_alone(self) -> None:
         def called(dtype: str) -> bool:
@@ -225,6 +238,97 @@ def near(got: jax.Array, wanted: np.ndarray, slack: float = 1e-5) -> None:
     assert (np.abs(wide(got) - wanted) <= 2.0**-8 * np.abs(wanted) + slack).all()
 
 
+@HERE
+class TestWhatIsNoNumber:
+    """It stays none, whatever is beside it: the trainer's and the engine's guards look for it."""
+
+    @pytest.mark.parametrize("place", [0, 5, 30, 69])
+    def test_a_logit(self, place: int) -> None:
+        scores = np.random.default_rng(0).standard_normal((3, 70)).astype(np.float32)
+        scores[1, place] = np.nan
+        targets, weights = jnp.asarray([1, 2, 3]), jnp.ones(3, jnp.float32)
+        nll, lse, gradient = native.cross_entropy(jnp.asarray(scores), targets, weights, 70, 0.0)
+        for found in (nll, lse, gradient.astype(jnp.float32).sum(1)):
+            assert np.isnan(found).tolist() == [False, True, False]
+
+    @pytest.mark.parametrize("target", [-1, 65, 69, 70, 2**31 - 1])
+    def test_the_likelihood_of_a_target_that_is_none(self, target: int) -> None:
+        scores = jnp.asarray(np.random.default_rng(0).standard_normal((3, 70)), jnp.float32)
+        nll, lse, _ = native.cross_entropy(scores, jnp.asarray([1, target, 64]), jnp.ones(3, jnp.float32), 65, 0.0)
+        assert np.isnan(nll).tolist() == [False, True, False]
+        assert np.isfinite(lse).all()
+
+    @pytest.mark.parametrize("place", [0, 3, 140])
+    def test_a_key_of_a_sequence(self, place: int) -> None:
+        rng = np.random.default_rng(0)
+        q, k, v = (normal(rng, 1, 200, 2, 16) for _ in range(3))
+        k[0, place] = np.nan
+        segments = jnp.ones((1, 200), jnp.int32)
+        out, lse = native.attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), segments)
+        for found in (np.isnan(wide(out)).all(axis=(2, 3))[0], np.isnan(lse).all(axis=1)[0]):
+            assert found.tolist() == [at >= place for at in range(200)]
+
+    @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+    @pytest.mark.parametrize("place", [0, 3, 18])
+    def test_a_key_of_a_page(self, kind: str, place: int) -> None:
+        rng = np.random.default_rng(0)
+        q = rng.standard_normal((2, 1, 4, 16)).astype(kind)
+        keys = rng.standard_normal((5, 2, 16, 8)).astype(kind)  # places last
+        values = rng.standard_normal((5, 2, 8, 16)).astype(kind)
+        table = np.array([[1, 2, 3], [4, 1, 0]], np.int32)
+        keys[table[0, place // 8], :, :, place % 8] = np.nan
+        bits = (lambda array: array.view(np.uint16)) if kind == "bfloat16" else np.asarray
+        start, length = jnp.asarray([20, 3]), jnp.asarray([1, 1])
+        pages = jnp.asarray(bits(keys)), jnp.asarray(bits(values))
+        mixed = native.attend_pages(jnp.asarray(q), *pages, jnp.asarray(table), start, length)
+        assert np.isnan(wide(mixed)).all(axis=(1, 2, 3)).tolist() == [True, False]
+        assert np.isfinite(wide(mixed)[1]).all()
+
+
+@HERE
+def test_operands_that_do_not_belong_together_are_refused() -> None:
+    """By the kernels themselves, since the annotations are looked at in tests alone."""
+    x, narrow = jnp.ones((2, 4, 3, 8), jnp.bfloat16), jnp.ones((2, 4), jnp.bfloat16)
+    angles, scores = jnp.ones((1, 4, 1, 4), jnp.float32), jnp.ones((4, 9), jnp.float32)
+    calls: list[Callable[[], object]] = [
+        lambda: unwrap(native.attend)(x, x, x, jnp.ones((1, 4), jnp.int32)),
+        lambda: unwrap(native.attend)(x, x[:, :, :2], x[:, :, :2], jnp.ones((2, 4), jnp.int32)),
+        lambda: unwrap(native.rotate)(x, angles, angles, False),
+        lambda: unwrap(native.rms_norm)(narrow, jnp.ones(3, jnp.float32), 1e-6),
+        lambda: unwrap(native.swiglu)(narrow, jnp.ones((2, 5), jnp.bfloat16)),
+        lambda: unwrap(native.cross_entropy)(scores, jnp.ones(4, jnp.int32), jnp.ones(4, jnp.float32), 10, 0.0),
+    ]
+    for call in calls:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"differ in shape|do not belong together"):
+            jax.block_until_ready(call())
+
+
+@HERE
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    program = """
+import hashlib, os, sys
+os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: int(sys.argv[1])]))
+import jax, jax.numpy as jnp, numpy as np
+from xgen.model import native
+assert native.library() is not None
+rng = np.random.default_rng(0)
+draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+q, k, v, g = draw(2, 300, 4, 16), draw(2, 300, 2, 16), draw(2, 300, 2, 16), draw(2, 300, 4, 16)
+ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 300))), jnp.int32)
+out, lse = native.attend(q, k, v, ids)
+found = [out, lse, *native.attend_gradients(q, k, v, ids, out, lse, g)]
+a, b, scale = draw(700, 900), draw(900, 330), jnp.ones(900, jnp.float32)
+found += [native.multiply(a[:rows], b, 1, 0, jnp.dtype(jnp.float32)) for rows in (1, 7, 700)]
+found += native.rms_norm_gradients(a, scale, draw(700, 900), 1e-6)
+print(hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in found)).hexdigest())
+"""
+    told = {
+        subprocess.run([sys.executable, "-c", program, count], capture_output=True, text=True, check=True).stdout
+        for count in ("1", "2")
+    }
+    assert len(told) == 1
+
+
 PROGRAM = """
 import warnings
 warnings.simplefilter("error" if {strict} else "default")
@@ -250,6 +354,30 @@ def test_switched_off_products_are_xla_s() -> None:
 def test_without_a_compiler_it_says_so_and_goes_on(tmp_path: Path) -> None:
     done = run(True, PATH=str(tmp_path), CXX="")
     assert done.stdout.startswith("45.0 True there is no C++ compiler" if native.library() else "45.0 True")
+
+
+@HERE
+def test_a_compiler_that_is_not_there_is_told() -> None:
+    done = run(False, CXX="nowhere++ -O1")
+    assert done.stdout.strip().endswith("True CXX names 'nowhere++ -O1', which is no program")
+    assert "bfloat16 products are XLA's: CXX names" in done.stderr
+
+
+@HERE
+def test_a_compiler_may_have_options_and_off_another_spelling(tmp_path: Path) -> None:
+    assert run(True, CXX="c++ -DNOTHING", XGEN_NATIVE=str(tmp_path)).stdout.startswith("45.0 False")
+    assert len(list(tmp_path.iterdir())) == 1
+    assert run(True, XGEN_NATIVE="OFF").stdout.strip() == "45.0 True XGEN_NATIVE is off"
+
+
+@HERE
+def test_a_library_that_cannot_be_loaded_is_built_again(tmp_path: Path) -> None:
+    run(True, XGEN_NATIVE=str(tmp_path))
+    (built,) = tmp_path.iterdir()
+    whole = built.stat().st_size
+    built.write_text("another system's")
+    assert run(True, XGEN_NATIVE=str(tmp_path)).stdout.startswith("45.0 False")
+    assert built.stat().st_size == whole
 
 
 @HERE

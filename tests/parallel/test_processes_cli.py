@@ -15,6 +15,8 @@ import pytest
 from micro_runs import Done, Micro, assert_one_error, lines, micro, run_process, start, untimed
 from processes import STOPPED, free_port
 
+from xgen.model import native
+
 __all__ = ["micro"]
 
 Popen = subprocess.Popen[str]
@@ -108,6 +110,14 @@ def test_four_processes_measure_what_one_does(micro: Micro, straight: Path, tmp_
     print("largest difference:", max(abs(found[name] - wanted[name]) / max(1, abs(wanted[name])) for name in figures))
     assert {n: found[n] for n in figures} == pytest.approx({n: wanted[n] for n in figures}, rel=CLOSE, abs=CLOSE)
     assert {n: found[n] for n in found.keys() - figures} == {n: wanted[n] for n in wanted.keys() - figures}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.library() is None, reason=f"no kernels on this machine: {native.missing()}")
+def test_processes_that_would_compute_in_two_ways_are_refused(micro: Micro, tmp_path: Path) -> None:
+    off = "import os; os.environ['XGEN_NATIVE'] = 'off'"
+    for one in ended(together(micro.recipe, "--run", tmp_path / "run", "mesh.fsdp=2", patches={1: off})):
+        assert_one_error(one, 2, 'what computes bfloat16 is "xgen\'s kernels" on process 0', "XLA alone", "process 1")
 
 
 @pytest.mark.slow

@@ -6,15 +6,20 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import tokenizers
 
 from xgen.data.prepare import Progress, choose_tokenizer, prepare, quietly
 from xgen.data.sources import EMBEDDED, TextFile, list_files
 from xgen.data.store import TOKENIZER, Store, file_mark, is_store, open_store, read_manifest
 from xgen.data.writer import write_json
 from xgen.errors import DataError, StorageError
+from xgen.folders import cache_folder
 from xgen.recipe.schema import Recipe
+from xgen.tokens.document import read_document
 from xgen.tokens.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -25,8 +30,8 @@ def open_sources(
 
     Paths in the recipe are taken from `base`. A source of text ("embedded:NAME", a file, a folder) is prepared
     into `work/NAME`, and used again when its files, the tokenizer and the options are the same. "bpe:N" is trained
-    on the training documents of all sources and kept in `work`. `own` is the tokenizer of a model that is continued:
-    "store" is that one, and any other must be the same.
+    on the training documents of all sources and kept in `work`, and in the user's cache for other runs. `own` is the
+    tokenizer of a model that is continued: "store" is that one, and any other must be the same.
 
     Raises `DataError` when a source is missing, or its tokenizer is not the recipe's.
     """
@@ -116,15 +121,18 @@ def _tokenizer(
 def _trained(name: str, recipe: Recipe, work: Path, raw: Mapping[str, _Raw], report: Progress) -> Tokenizer:
     """The tokenizer trained on the raw sources, from `work` when it was trained on the same before."""
     corpora = [texts for _, texts in sorted(raw.items())]
-    files = [texts.hashes() for texts in corpora]
-    origin = json.dumps({"tokenizer": name, "held_out": recipe.data.held_out, "files": files}, sort_keys=True)
-    key = hashlib.sha256(origin.encode()).hexdigest()
+    origin = {
+        "tokenizer": name,
+        "held_out": recipe.data.held_out,
+        "files": [texts.hashes() for texts in corpora],
+        "library": tokenizers.__version__,
+    }
+    key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
     record = work / "tokenizer.origin.json"
     if record.is_file() and (work / TOKENIZER).is_file() and json.loads(record.read_text()) == {"origin": key}:
         return load_tokenizer(str(work / TOKENIZER), recipe.tokenizer.end_of_text)
     report("training the tokenizer", 0.0)
-    lists = [texts.files for texts in corpora]
-    tokenizer = choose_tokenizer(name, lists, recipe.data.held_out, "stop", recipe.tokenizer.end_of_text)
+    tokenizer = _learnt(name, key, corpora, recipe)
     try:
         work.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
@@ -133,6 +141,20 @@ def _trained(name: str, recipe: Recipe, work: Path, raw: Mapping[str, _Raw], rep
     except OSError as cause:
         raise StorageError.writing(work, cause) from cause
     report("training the tokenizer", 1.0)
+    return tokenizer
+
+
+def _learnt(name: str, key: str, corpora: list[_Raw], recipe: Recipe) -> Tokenizer:
+    """The tokenizer learnt from `corpora`, or what another run has learnt from them; `key` is a hash of all that
+    decides it."""
+    kept = cache_folder() / "tokenizers" / f"{key}.json"
+    with suppress(DataError):  # not there, or cut off when a disk was full
+        return Tokenizer(read_document(kept), name)
+    lists = [texts.files for texts in corpora]
+    tokenizer = choose_tokenizer(name, lists, recipe.data.held_out, "stop", recipe.tokenizer.end_of_text)
+    with suppress(OSError, StorageError):  # the cache saves time, nothing else: a run goes on without it
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(kept)
     return tokenizer
 
 

@@ -47,8 +47,8 @@ def forward(
     # XLA's CPU cannot put bfloat16 into the stack that a loop's backward pass reads from: it widens the whole stack to
     # float32 and back for every layer. Without the loop there is no stack, and kernels are cheap to compile.
     loop = not native.applies(x)
-    layer = _rematerialised(lambda x, w: (block(x, w, places, spec), None), remat, loop)
-    x, _ = jax.lax.scan(layer, x, weights.block, unroll=not loop)
+    layer = (_in_loop if loop else _in_line)(lambda x, w: block(x, w, places, spec), remat)
+    x, _ = jax.lax.scan(lambda x, w: (layer(x, w), None), x, weights.block, unroll=not loop)
     return norm(x, weights.final_norm, weights.final_norm_bias, spec.model)
 
 
@@ -126,14 +126,34 @@ def attend(x: Float[Array, "B S D"], w: Block, at: Places, spec: Spec) -> Float[
     return outward(flat, w.output.reshape(flat.shape[-1], -1), w.output_bias, split)
 
 
-def _rematerialised(
-    layer: Callable[..., tuple[Array, None]], remat: str, loop: bool
-) -> Callable[..., tuple[Array, None]]:
+Layer = Callable[[Array, Block], Array]
+
+
+def _in_loop(layer: Layer, remat: str) -> Layer:
     if remat == "none":
         return layer
     keep = jax.checkpoint_policies.save_only_these_names(PROJECTION) if remat == "dots" else None
     # A loop around the layer already keeps XLA from merging the recomputation away.
-    wrapped: Callable[..., tuple[Array, None]] = jax.checkpoint(layer, policy=keep, prevent_cse=not loop)
+    wrapped: Layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+    return wrapped
+
+
+def _in_line(layer: Layer, remat: str) -> Layer:
+    """For kernels: the layer, of which the backward pass computes nothing again before the gradient comes to it. Left
+    to itself XLA's CPU would do that for all layers first, and hold them all."""
+    if remat == "none":
+        return layer
+    graded = _in_loop(layer, remat)
+
+    def backward(pull: Callable[[Array], tuple[Array, Block]], gradient: Array) -> tuple[Array, Block]:
+        def late(leaf: Array) -> Array:
+            return native.after(leaf, gradient) if leaf.dtype == gradient.dtype else leaf
+
+        gradients: tuple[Array, Block] = jax.tree.map(late, pull)(gradient)
+        return gradients
+
+    wrapped = jax.custom_vjp(layer)
+    wrapped.defvjp(lambda x, w: jax.vjp(graded, x, w), backward)
     return wrapped
 
 

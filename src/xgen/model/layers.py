@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from xgen.model import native
 from xgen.model.linear import accumulator, project
-from xgen.model.split import Split, leave
+from xgen.model.split import Groups, Split, leave
 from xgen.model.weights import Block
 from xgen.recipe.schema import Model
 
@@ -56,8 +56,12 @@ def _norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
 def mlp(x: Float[Array, "*T D"], w: Block, split: Split) -> Float[Array, "*T D"]:
     """SwiGLU (Shazeer 2020) when there is a gate, else GeLU in its tanh form (as JaxFormer's)."""
     inner = inward(x, w.up, w.up_bias, split)
-    inner = _gelu(inner) if w.gate is None else _swiglu(inward(x, w.gate, w.gate_bias, split), inner)
-    return outward(inner, w.down, w.down_bias, split)
+    if w.gate is None:
+        return outward(_gelu(inner), w.down, w.down_bias, split)
+    gate = inward(x, w.gate, w.gate_bias, split)
+    if not native.applies(gate, inner):
+        return outward(_swiglu(gate, inner), w.down, w.down_bias, split)
+    return _biased(leave(_swiglu_outward(gate, inner, w.down, split.shards), split.tensor), w.down_bias)
 
 
 @jax.checkpoint
@@ -89,6 +93,31 @@ def _swiglu_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _swiglu_outward(gate: Array, up: Array, weight: Array, shards: Groups) -> Array:
+    """SwiGLU's product is as large as what it is made of: it is made again, where it is needed, rather than kept."""
+    return project(_swiglu(gate, up), weight, shards, stored=1)
+
+
+def _swiglu_outward_forward(
+    gate: Array, up: Array, weight: Array, shards: Groups
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _swiglu_outward(gate, up, weight, shards), (gate, up, weight)
+
+
+def _swiglu_outward_backward(
+    shards: Groups, saved: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array, Array, Array]:
+    gate, up, weight = saved
+    inner = native.swiglu(gate, up, gradient)
+    _, pull = jax.vjp(lambda inner, weight: project(inner, weight, shards, stored=1), inner, weight)
+    inner_gradient, weight_gradient = pull(gradient)
+    return *native.swiglu_gradients(gate, up, inner_gradient), weight_gradient
+
+
+_swiglu_outward.defvjp(_swiglu_outward_forward, _swiglu_outward_backward)
 
 
 PROJECTION = "projection"

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt16
 from xgen.model.native.build import library, missing
 
 __all__ = [
+    "after",
     "applies",
     "attend",
     "attend_gradients",
@@ -118,10 +119,11 @@ def attend_pages(
     return mixed
 
 
-def swiglu(gate: Float[Array, "*T F"], up: Float[Array, "*T F"]) -> Float[Array, "*T F"]:
-    """silu(gate) x up of bfloat16, computed in float32 and rounded once."""
+def swiglu(gate: Float[Array, "*T F"], up: Float[Array, "*T F"], *earlier: Array) -> Float[Array, "*T F"]:
+    """silu(gate) x up of bfloat16, computed in float32 and rounded once, and not before `earlier` are there: see
+    `after`."""
     call = jax.ffi.ffi_call("xgen_swiglu", jax.ShapeDtypeStruct(gate.shape, gate.dtype), vmap_method="sequential")
-    product: Array = call(gate, up)
+    product: Array = call(gate, up, *earlier)
     return product
 
 
@@ -133,6 +135,15 @@ def swiglu_gradients(
     call = jax.ffi.ffi_call("xgen_swiglu_gradients", (shape, shape), vmap_method="sequential")
     gate_gradient, up_gradient = call(gate, up, gradient)
     return gate_gradient, up_gradient
+
+
+def after(x: Float[Array, "*T N"], other: Array) -> Float[Array, "*T N"]:
+    """`x` in its own place, for a program that must not read it before `other` is there. XLA's CPU computes what it can
+    when it can, and takes the optimization barriers of JAX out before it decides on an order."""
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    call = jax.ffi.ffi_call("xgen_after", shape, vmap_method="sequential", input_output_aliases={0: 0})
+    same: Array = call(x, other)
+    return same
 
 
 def rms_norm(x: Float[Array, "*T D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*T D"]:

@@ -210,9 +210,21 @@ Kind pages_of(const ffi::AnyBuffer& queries, const ffi::AnyBuffer& keys, const f
            static_cast<T*>(result->untyped_data()), q[0], q[1], q[2], q[3], v[1], v[2], table.dimensions()[1]}};
 }
 
+// Whether the operands' shapes belong together: see Pages.
+bool fit(const ffi::AnyBuffer& queries, const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values,
+         const ffi::Buffer<ffi::S32>& table, const ffi::Buffer<ffi::S32>& start, const ffi::Buffer<ffi::S32>& length) {
+  const auto q = queries.dimensions(), k = keys.dimensions(), v = values.dimensions();
+  const int64_t rows = q[0], page = v[2];
+  return v[1] > 0 && q[2] % v[1] == 0 && page > 0 && v[3] == q[3] && k[0] == v[0] && k[1] == v[1] && k[2] == q[3] &&
+         k[3] == page && table.dimensions()[0] == rows && int64_t(start.element_count()) == rows &&
+         int64_t(length.element_count()) == rows;
+}
+
 ffi::Error over_pages(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                       ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> length,
                       ffi::Result<ffi::AnyBuffer> result) {
+  if (!fit(queries, keys, values, table, start, length))
+    return ffi::Error::InvalidArgument("queries, pages, table or lengths differ in shape");
   if (queries.element_type() == ffi::DataType::F32) {
     if (queries.dimensions()[1] != 1) return ffi::Error::InvalidArgument("float32 rows have one query each");
     decode(pool, pages_of<Wide, float>(queries, keys, values, table, start, length, result));

@@ -1,6 +1,7 @@
 // Products of bfloat16 matrices with float32 sums, for CPUs with AVX512-BF16.
 //
-// Every element of C is summed by one thread in an order that depends on the shapes alone: results repeat.
+// Every element of C is summed by one thread in an order that depends on the length of the sum alone: results repeat,
+// and a row's do not depend on how many others there are.
 
 #include "tiles.h"
 
@@ -9,20 +10,27 @@ namespace ffi = xla::ffi;
 namespace xgen {
 namespace {
 
+// K is summed in so many at a time, each part by itself: an even number, of which a panel of B fits the first-level cache.
+int64_t part_of(int64_t depth) {
+  const int64_t parts = std::max<int64_t>((depth + kDepth - 1) / kDepth, 1);
+  return up((depth + parts - 1) / parts, 2);
+}
+
 // Few rows: it is the reading of B that takes the time, so B goes from memory straight into the products. R rows of A by
-// G panels of B, which lies as [K, N].
+// G panels of B, which lies as [K, N], over [k0, k1) of K; added to C where that is not the beginning.
 template <int R, int G>
-void stream(const uint32_t* a, int64_t step, const Matrix& b, int64_t n, int64_t n1, float* c, int64_t c_stride) {
+void stream(const uint32_t* a, int64_t step, const Matrix& b, int64_t k0, int64_t k1, int64_t n, int64_t n1, float* c,
+            int64_t c_stride) {
   constexpr int64_t kAhead = 16;  // rows
-  const int64_t depth = b.rows, stride = b.columns;
+  const int64_t stride = b.columns;
   __m512 low[R][G], high[R][G];
   __mmask32 masks[G];
   for (int g = 0; g < G; ++g) masks[g] = first(n1 - n - g * kColumns);
   for (int r = 0; r < R; ++r)
     for (int g = 0; g < G; ++g) low[r][g] = high[r][g] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < depth; k += 2) {
+  for (int64_t k = k0; k < k1; k += 2) {
     const bf16* row = b.data + k * stride + n;
-    const bool second = k + 1 < depth;
+    const bool second = k + 1 < k1;
     for (int g = 0; g < G; ++g) {
       _mm_prefetch(row + kAhead * stride + g * kColumns, _MM_HINT_T0);
       _mm_prefetch(row + (kAhead + 1) * stride + g * kColumns, _MM_HINT_T0);
@@ -38,8 +46,9 @@ void stream(const uint32_t* a, int64_t step, const Matrix& b, int64_t n, int64_t
   }
   for (int r = 0; r < R; ++r)
     for (int g = 0; g < G; ++g) {
-      _mm512_storeu_ps(c + r * c_stride + g * kColumns, low[r][g]);
-      _mm512_storeu_ps(c + r * c_stride + g * kColumns + 16, high[r][g]);
+      float* to = c + r * c_stride + g * kColumns;
+      _mm512_storeu_ps(to, k0 > 0 ? _mm512_add_ps(low[r][g], _mm512_loadu_ps(to)) : low[r][g]);
+      _mm512_storeu_ps(to + 16, k0 > 0 ? _mm512_add_ps(high[r][g], _mm512_loadu_ps(to + 16)) : high[r][g]);
     }
 }
 
@@ -48,26 +57,34 @@ template <int R>
 void few(const uint32_t* a, int64_t step, const Matrix& b, int64_t n0, int64_t n1, float* c, int64_t c_stride) {
   constexpr int kFirst = R <= 4 ? R : (R + 1) / 2, kSecond = R - kFirst;
   constexpr int G = kFirst <= 3 ? 4 : 3;
-  for (int64_t n = n0; n < n1; n += G * kColumns) {
-    float* to = c + (n - n0);
-    stream<kFirst, G>(a, step, b, n, n1, to, c_stride);
-    if constexpr (kSecond > 0) stream<kSecond, G>(a + kFirst * step, step, b, n, n1, to + kFirst * c_stride, c_stride);
-  }
+  const int64_t depth = b.rows, part = part_of(depth);
+  for (int64_t n = n0; n < n1; n += G * kColumns)
+    for (int64_t k0 = 0; k0 < depth; k0 += part) {
+      const int64_t k1 = std::min(k0 + part, depth);
+      float* to = c + (n - n0);
+      stream<kFirst, G>(a, step, b, k0, k1, n, n1, to, c_stride);
+      if constexpr (kSecond > 0)
+        stream<kSecond, G>(a + kFirst * step, step, b, k0, k1, n, n1, to + kFirst * c_stride, c_stride);
+    }
 }
 
 // The same where B lies as [N, K], K even: a tile of 12 of its rows by all of A, which is packed as if it were B.
 void few_turned(const Matrix& a, const Matrix& b, int64_t n0, int64_t n1, float* c, int64_t c_stride) {
-  const int64_t pairs = a.columns / 2;
+  const int64_t pairs = a.columns / 2, part = part_of(a.columns) / 2;
   bf16* panel = kept<bf16>(0, 2 * kColumns * pairs);
   float* sums = kept<float>(3, kRows * 16);
   pack_b({a.data, a.columns, a.rows, true}, 0, a.columns, 0, a.rows, panel);
   for (int64_t n = n0; n < n1; n += kRows) {
     const int64_t count = std::min(kRows, n1 - n);
-    const uint32_t* rows = reinterpret_cast<const uint32_t*>(b.data + n * a.columns);
-    if (count == kRows)
-      tile<kRows, false, 1>(rows, pairs, panel, pairs, sums, 16, false);
-    else
-      for (int64_t i = 0; i < count; ++i) tile<1, false, 1>(rows + i * pairs, pairs, panel, pairs, sums + 16 * i, 16, false);
+    for (int64_t p = 0; p < pairs; p += part) {
+      const uint32_t* rows = reinterpret_cast<const uint32_t*>(b.data + n * a.columns) + p;
+      const bf16* right = panel + p * 2 * kColumns;
+      const int64_t deep = std::min(part, pairs - p);
+      if (count == kRows)
+        tile<kRows, false, 1>(rows, pairs, right, deep, sums, 16, p > 0);
+      else
+        for (int64_t i = 0; i < count; ++i) tile<1, false, 1>(rows + i * pairs, pairs, right, deep, sums + 16 * i, 16, p > 0);
+    }
     for (int64_t i = 0; i < count; ++i)
       for (int64_t m = 0; m < a.rows; ++m) c[m * c_stride + n - n0 + i] = sums[16 * i + m];
   }
@@ -87,8 +104,7 @@ struct Product {
   // C[m0:m1, n0:n1]
   void block(int64_t m0, int64_t m1, int64_t n0, int64_t n1) const {
     if (few_rows()) return stripe(n0, n1);
-    const int64_t width = up(n1 - n0, kColumns), depth = a.columns;
-    const int64_t parts = (depth + kDepth - 1) / kDepth, part = up((depth + parts - 1) / parts, 2);
+    const int64_t width = up(n1 - n0, kColumns), depth = a.columns, part = part_of(depth);
     bf16* packed = kept<bf16>(0, width * up(part, 2));
     const int64_t most = a_stride(a.turned, m1 - m0, part);
     uint32_t* left = kept<uint32_t>(1, most * (a.turned ? (part + 1) / 2 : m1 - m0) + 64);
@@ -150,10 +166,12 @@ ffi::Error product_of(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, 
                   c->element_type() == ffi::DataType::F32,
                   0,
                   0};
-  if (product.a.columns != product.b.rows) return ffi::Error::InvalidArgument("the inner dimensions differ");
   const int64_t rows = product.a.rows, columns = product.b.columns;
+  const auto ct = c->dimensions();
+  if (product.a.columns == 0 || product.a.columns != product.b.rows || ct[0] != rows || ct[1] != columns)
+    return ffi::Error::InvalidArgument("these matrices have no such product");
   if (rows == 0 || columns == 0) return ffi::Error::Success();
-  const int64_t depth = std::min(std::max<int64_t>(product.a.columns, 1), kDepth);
+  const int64_t depth = std::min(product.a.columns, kDepth);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   int64_t down = (rows + kChunk - 1) / kChunk;
   int64_t across = (columns + kBlock / depth - 1) / std::min<int64_t>(kBlock / depth, 1 << 20);

@@ -39,9 +39,13 @@ void rows_of(ffi::ThreadPool& pool, int64_t rows, Begin begin, Each each) {
 
 void nothing(int64_t) {}
 
+ffi::Error misshapen() { return ffi::Error::InvalidArgument("the operands' shapes do not belong together"); }
+
 ffi::Error rms_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuffer> result,
                     float epsilon) {
-  const int64_t size = scale.element_count(), rows = x.element_count() / size;
+  const int64_t size = scale.element_count();
+  if (size == 0 || x.dimensions().back() != size) return misshapen();
+  const int64_t rows = x.element_count() / size;
   rows_of(pool, rows, nothing, [&](int64_t, int64_t row) {
     const bf16* from = in(x) + row * size;
     const __m512 root = _mm512_set1_ps(inverse_root(from, size, epsilon));
@@ -59,7 +63,9 @@ ffi::Error rms_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale
 ffi::Error rms_norm_gradients(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer gradient,
                               ffi::Result<ffi::AnyBuffer> x_gradient, ffi::Result<ffi::AnyBuffer> scale_gradient,
                               float epsilon) {
-  const int64_t size = scale.element_count(), rows = x.element_count() / size, wide = up(size, 16);
+  const int64_t size = scale.element_count(), wide = up(size, 16);
+  if (size == 0 || x.dimensions().back() != size || gradient.element_count() != x.element_count()) return misshapen();
+  const int64_t rows = x.element_count() / size;
   const int64_t tasks = (rows + kGroup - 1) / kGroup;
   float* parts = kept<float>(7, tasks * wide);
   auto begin = [&](int64_t task) { std::fill_n(parts + task * wide, wide, 0.0f); };
@@ -95,7 +101,10 @@ ffi::Error rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer cosine,
                   ffi::Result<ffi::AnyBuffer> result, bool backwards) {
   const int64_t size = x.dimensions().back(), heads = x.dimensions()[x.dimensions().size() - 2], half = size / 2;
   const __m512 sign = _mm512_set1_ps(backwards ? -1.0f : 1.0f);
-  rows_of(pool, x.element_count() / (heads * size), nothing, [&](int64_t, int64_t row) {
+  if (heads * half == 0 || size % 2) return misshapen();
+  const int64_t places = x.element_count() / (heads * size), angles = places * half;
+  if (int64_t(cosine.element_count()) != angles || int64_t(sine.element_count()) != angles) return misshapen();
+  rows_of(pool, places, nothing, [&](int64_t, int64_t row) {
     for (int64_t at = 0; at < half; at += 16) {
       const __mmask16 mask = left(half - at);
       const __m512 c = _mm512_maskz_loadu_ps(mask, floats(cosine) + row * half + at);
@@ -112,11 +121,15 @@ ffi::Error rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer cosine,
 }
 
 // Of a row of logits: log-sum-exp, the target's negative log-likelihood, and the gradient of
-// weight (nll + z_loss lse^2), which is weight ((1 + 2 z_loss lse) softmax - target). Columns past `vocabulary` are none.
+// weight (nll + z_loss lse^2), which is weight ((1 + 2 z_loss lse) softmax - target). Columns past `vocabulary` are none,
+// and the likelihood of a target that is none of the others is no number.
 ffi::Error cross_entropy(ffi::ThreadPool pool, ffi::AnyBuffer scores, ffi::AnyBuffer targets, ffi::AnyBuffer weights,
                          ffi::Result<ffi::AnyBuffer> nll, ffi::Result<ffi::AnyBuffer> lse,
                          ffi::Result<ffi::AnyBuffer> gradient, int64_t vocabulary, float z_loss) {
-  const int64_t rows = targets.element_count(), columns = scores.element_count() / rows;
+  const int64_t rows = targets.element_count(), columns = scores.dimensions().back();
+  if (scores.element_count() != targets.element_count() * columns || weights.element_count() != targets.element_count() ||
+      vocabulary < 1 || vocabulary > columns)
+    return misshapen();
   const __m512 log2e = _mm512_set1_ps(kLog2E);
   Crew::run(pool, rows, [&](int64_t row) {
     const float* from = floats(scores) + row * columns;
@@ -136,7 +149,7 @@ ffi::Error cross_entropy(ffi::ThreadPool pool, ffi::AnyBuffer scores, ffi::AnyBu
     }
     const float mass = std::log(_mm512_reduce_add_ps(sum)), whole = peak + mass;
     floats(lse)[row] = whole;
-    floats(nll)[row] = peak - from[target] + mass;
+    floats(nll)[row] = target < 0 || target >= vocabulary ? NAN : peak - from[target] + mass;
     const float weight = floats(weights)[row];
     const __m512 share = _mm512_set1_ps(weight * (1 + 2 * z_loss * whole) * std::exp(-mass));
     bf16* to = out(gradient) + row * columns;

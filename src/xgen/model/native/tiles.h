@@ -12,6 +12,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -42,6 +43,14 @@ struct Matrix {
   int64_t stride() const { return apart ? apart : turned ? rows : columns; }
 };
 
+// So many bytes, at the beginning of a page of memory. Without them a kernel cannot go on, nor tell its caller.
+inline void* aligned(size_t bytes) {
+  void* place = std::aligned_alloc(4096, up(bytes, 4096));
+  if (place) return place;
+  std::fprintf(stderr, "xgen: the system gives no %zu bytes of memory for a kernel\n", bytes);
+  std::abort();
+}
+
 // A buffer that a thread keeps from call to call: fresh pages would cost more than what is done in them.
 template <typename T>
 T* kept(int which, int64_t count) {
@@ -55,7 +64,7 @@ T* kept(int which, int64_t count) {
   }
   size_t bytes = up(count * sizeof(T), 4096);
   if (sizes[which] < bytes) {
-    held[which].reset(std::aligned_alloc(4096, bytes));
+    held[which].reset(aligned(bytes));
     sizes[which] = bytes;
   }
   return static_cast<T*>(held[which].get());
@@ -207,9 +216,9 @@ Tile tile_of(int64_t rows) {
 }
 
 // 2^x for x in [-126, 127], and what is outside taken for the nearer end (Cody and Waite; the polynomial is within 2e-7
-// of the value).
+// of the value). What is no number stays none: of two operands of which one is none, MAXPS and MINPS give the second.
 inline __m512 power_of_two(__m512 x) {
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-126.0f)), _mm512_set1_ps(127.0f));
+  x = _mm512_min_ps(_mm512_set1_ps(127.0f), _mm512_max_ps(_mm512_set1_ps(-126.0f), x));
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 part = _mm512_sub_ps(x, whole);
   __m512 sum = _mm512_set1_ps(1.5403530e-4f);
