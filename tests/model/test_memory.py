@@ -100,6 +100,7 @@ def test_a_layer_costs_what_its_rematerialisation_keeps():
 
 STEP = """
 import json
+import jax
 import numpy as np
 from pathlib import Path
 from xgen.model import Spec, initialise
@@ -118,17 +119,18 @@ step = compile_step(spec, stage, recipe.optimizer, transformation, state)
 ids = np.random.default_rng(0).integers(0, 50_313, (1, 8193), np.int32)
 places = np.arange(8192, dtype=np.int32)[None]
 state, metrics = step(state, Tokens(ids[:, :-1], ids[:, 1:], np.zeros_like(places), places), np.float32(1e-4))
+jax.block_until_ready(state)
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(json.dumps({"loss": float(metrics.loss), "finite": bool(metrics.finite), "peak": int(peak.split()[1]) * 1024}))
 """
 
 
 @pytest.mark.slow
-def test_a_step_of_xgen_125m_at_8192_tokens_fits_in_8_gib(capsys):
+def test_a_step_of_xgen_125m_at_8192_tokens_fits(capsys):
     done = subprocess.run([sys.executable, "-c", STEP], check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     with capsys.disabled():
         print(f"\nxgen-125m, one step of 8,192 tokens: peak resident memory {found['peak'] / GIB:.2f} GiB")
     assert found["finite"]
     assert abs(found["loss"] - np.log(50_313)) < 0.5
-    assert found["peak"] < 8 * GIB
+    assert found["peak"] < (8 if native.library() is None else 5) * GIB
