@@ -73,7 +73,7 @@ class TestProducts:
 
     def test_what_has_no_product_is_refused(self) -> None:
         for rows, depth in [(9, 0), (1, 0), (9, 4)]:
-            with pytest.raises(jax.errors.JaxRuntimeError, match="no such product"):
+            with pytest.raises(jax.errors.JaxRuntimeError, match="do not belong together"):
                 native.multiply(jnp.ones((rows, depth), jnp.bfloat16), jnp.ones((0, 4), jnp.bfloat16), 1, 0, F32)
         none = native.multiply(jnp.ones((0, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.bfloat16), 1, 0, F32)
         assert none.shape == (0, 4)
@@ -299,7 +299,7 @@ def test_operands_that_do_not_belong_together_are_refused() -> None:
         lambda: unwrap(native.cross_entropy)(scores, jnp.ones(4, jnp.int32), jnp.ones(4, jnp.float32), 10, 0.0),
     ]
     for call in calls:
-        with pytest.raises(jax.errors.JaxRuntimeError, match=r"differ in shape|do not belong together"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="do not belong together"):
             jax.block_until_ready(call())
 
 

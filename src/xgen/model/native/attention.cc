@@ -102,7 +102,7 @@ struct Forward {
 ffi::Error attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::S32> segments,
                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::F32>> lse) {
   const Shape shape = Shape::of(q, k, segments);
-  if (!shape.fits(q, k, v, segments)) return ffi::Error::InvalidArgument("queries, keys, values or segments differ in shape");
+  if (!shape.fits(q, k, v, segments)) return misshapen();
   const Forward forward{shape, in(q), in(k), in(v), static_cast<bf16*>(out->untyped_data()), lse->typed_data()};
   const int64_t chunks = (shape.rows() + kQueries - 1) / kQueries, across = shape.sequences * shape.kv_heads;
   Crew::run(pool, across * chunks, [&](int64_t task) {
@@ -125,8 +125,8 @@ struct Backward {
   void run(int64_t sequence, int64_t head) const {
     const int64_t rows = shape.rows();
     // As long as the sequence: not kept, so that threads hold so much only while they need it.
-    const std::unique_ptr<float, decltype(&std::free)> held(static_cast<float*>(aligned(rows * (width + 1) * sizeof(float))), &std::free);
-    float *query_sums = held.get(), *inner = query_sums + rows * width;
+    const std::unique_ptr<void, decltype(&std::free)> held(aligned(rows * (width + 1) * sizeof(float)), &std::free);
+    float *query_sums = static_cast<float*>(held.get()), *inner = query_sums + rows * width;
     std::fill_n(query_sums, rows * width, 0.0f);
     for (int64_t i = 0; i < rows; ++i) inner[i] = dot(out + shape.query(sequence, head, i), gradient + shape.query(sequence, head, i));
     float* key_sums = kept<float>(12, 2 * up(kKeys, kRows) * width);
@@ -234,7 +234,7 @@ ffi::Error attend_gradients(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuff
                             ffi::AnyBuffer gradient, ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
                             ffi::Result<ffi::AnyBuffer> dv) {
   const Shape shape = Shape::of(q, k, segments);
-  if (!shape.fits(q, k, v, segments)) return ffi::Error::InvalidArgument("queries, keys, values or segments differ in shape");
+  if (!shape.fits(q, k, v, segments)) return misshapen();
   const auto to = [](auto& buffer) { return static_cast<bf16*>(buffer->untyped_data()); };
   const Backward backward{shape,            in(q),  in(k),  in(v),  in(out),
                           in(gradient),     lse.typed_data(), to(dq), to(dk), to(dv),

@@ -24,8 +24,6 @@ void stretches(ffi::ThreadPool& pool, int64_t count, Each each) {
   });
 }
 
-ffi::Error misshapen() { return ffi::Error::InvalidArgument("the operands differ in shape"); }
-
 // What the remaining operands hold does not matter: they are there before this begins.
 ffi::Error swiglu(ffi::ThreadPool pool, ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::RemainingArgs,
                   ffi::Result<ffi::AnyBuffer> result) {

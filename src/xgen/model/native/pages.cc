@@ -223,8 +223,7 @@ bool fit(const ffi::AnyBuffer& queries, const ffi::AnyBuffer& keys, const ffi::A
 ffi::Error over_pages(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                       ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> length,
                       ffi::Result<ffi::AnyBuffer> result) {
-  if (!fit(queries, keys, values, table, start, length))
-    return ffi::Error::InvalidArgument("queries, pages, table or lengths differ in shape");
+  if (!fit(queries, keys, values, table, start, length)) return misshapen();
   if (queries.element_type() == ffi::DataType::F32) {
     if (queries.dimensions()[1] != 1) return ffi::Error::InvalidArgument("float32 rows have one query each");
     decode(pool, pages_of<Wide, float>(queries, keys, values, table, start, length, result));

@@ -169,7 +169,7 @@ ffi::Error product_of(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, 
   const int64_t rows = product.a.rows, columns = product.b.columns;
   const auto ct = c->dimensions();
   if (product.a.columns == 0 || product.a.columns != product.b.rows || ct[0] != rows || ct[1] != columns)
-    return ffi::Error::InvalidArgument("these matrices have no such product");
+    return misshapen();
   if (rows == 0 || columns == 0) return ffi::Error::Success();
   const int64_t depth = std::min(product.a.columns, kDepth);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);

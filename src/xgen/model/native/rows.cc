@@ -39,8 +39,6 @@ void rows_of(ffi::ThreadPool& pool, int64_t rows, Begin begin, Each each) {
 
 void nothing(int64_t) {}
 
-ffi::Error misshapen() { return ffi::Error::InvalidArgument("the operands' shapes do not belong together"); }
-
 ffi::Error rms_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuffer> result,
                     float epsilon) {
   const int64_t size = scale.element_count();

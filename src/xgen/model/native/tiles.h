@@ -229,6 +229,10 @@ inline __m512 power_of_two(__m512 x) {
 
 inline const bf16* in(const xla::ffi::AnyBuffer& buffer) { return static_cast<const bf16*>(buffer.untyped_data()); }
 
+inline xla::ffi::Error misshapen() {
+  return xla::ffi::Error::InvalidArgument("the operands' shapes do not belong together");
+}
+
 inline bf16* out(xla::ffi::Result<xla::ffi::AnyBuffer>& buffer) { return static_cast<bf16*>(buffer->untyped_data()); }
 
 constexpr float kLog2E = 1.4426950408889634f;
